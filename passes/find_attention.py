@@ -1,0 +1,66 @@
+"""Find every attention over tokens: a site, matched so far or declined with its reason.
+
+Works on axes, not on names: an attention is over tokens if queries and keys carry the same positions, and these are
+not features. That tells it from channel attention (its "tokens" are features), cross-attention and reduced keys
+(queries and keys are different positions). Changes nothing in the graph.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from tofu_fx.compilation import Compilation
+from tofu_fx.graphs import module_path
+from tofu_fx.patterns import find_attentions
+from tofu_fx.planning.site import Attention, Decline, Site
+from tofu_fx.rules import find_rule
+from tofu_fx.tokens import Axes, Barrier, Dim, dim_size
+from tofu_fx.tracer import AxisTracer
+
+
+def find_attention(compilation: Compilation) -> None:
+    """Fill ``compilation.attentions`` and ``compilation.sites``; set ``compilation.axes`` to the plain axes."""
+    graph = compilation.gm.graph
+    tracer = AxisTracer(graph, find_rule, compilation.model_state).run()
+    compilation.axes = tracer
+    compilation.attentions = list(find_attentions(graph))
+    names: Counter[str] = Counter()
+    for attention in compilation.attentions:
+        compilation.at = attention.node
+        path = module_path(attention.node)
+        names[path] += 1
+        unique = path if names[path] == 1 else f"{path}#{names[path]}"
+        compilation.sites.append(_site(tracer, attention, unique or f"attention#{names[path]}", path))
+
+
+def _site(tracer: AxisTracer, attention: Attention, name: str, path: str) -> Site:
+    queries = tracer.of(attention.query)[attention.query_tokens]
+    keys = tracer.of(attention.key)[attention.key_tokens]
+    heads = _heads(tracer, attention)
+    site = Site(name, path, attention, dim_size(keys), heads)
+    reason = _reason(tracer, attention, queries, keys)
+    if reason:
+        site.decline = Decline(reason, attention.node)
+    return site
+
+
+def _reason(tracer: AxisTracer, attention: Attention, queries: Dim, keys: Dim) -> str | None:
+    if attention.causal:
+        return "causal attention: a token must not see what is merged into it from later ones"
+    if any(atom.base.kind == "feature" for atom in keys) and any(atom.base.kind == "feature" for atom in queries):
+        return "attention between channels, not tokens"
+    try:
+        same = tracer.space.flat(queries) == tracer.space.flat(keys)
+    except Barrier as barrier:
+        return str(barrier)
+    if not same:
+        return f"queries ({dim_size(queries)}) and keys ({dim_size(keys)}) are different tokens"
+    return None
+
+
+def _heads(tracer: AxisTracer, attention: Attention) -> int:
+    """Heads: what the keys' size leaves beside tokens, features and the batch (the query's own batch where known)."""
+    axes: Axes = tracer.of(attention.key)
+    used = {attention.key_tokens % len(axes), attention.key_features % len(axes)}
+    rest = [atom for i, dim in enumerate(axes) if i not in used for atom in dim]
+    return dim_size(tuple(atom for atom in rest if atom.base.kind == "feature"))

@@ -1,0 +1,93 @@
+"""``x.add_(y)`` on a tensor that nothing else sees -> ``add(x, y)``.
+
+Before: ``%a = aten.add_.Tensor(%x, %y)``, later readers of ``%x`` or ``%a``
+After:  ``%a = aten.add.Tensor(%x, %y)``, later readers of ``%a``
+
+Hand-written models say ``x += self.attn(x)``. The residual stream must be a value, or no node could stand for "the
+tokens before". Only done where it is provably the same: ``x`` is made by this graph, is not a view, has no views that
+are still read, and the result has the same dtype and shape. Anything else stays in place, and is a barrier to tokens.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch.fx import GraphModule, Node
+
+from tofu_fx.compilation import Compilation
+from tofu_fx.graphs import argument, copy_graph
+
+
+def functionalize_inplace(compilation: Compilation) -> None:
+    """Rewrite the in-place ops of ``compilation.gm`` that have a functional twin and a private target."""
+    graph = compilation.gm.graph
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        twin = _functional_twin(node)
+        if twin is None:
+            continue
+        compilation.at = node
+        target = node.args[0]
+        assert isinstance(target, Node)
+        if not _is_private(target, place, place[node]) or not _same_form(target, node):
+            continue
+        node.target = twin
+        for user in list(target.users):
+            if place[user] > place[node]:
+                user.replace_input_with(target, node)
+    compilation.gm.recompile()
+    compilation.before = GraphModule(compilation.gm, copy_graph(graph))
+
+
+def _functional_twin(node: Node) -> torch._ops.OpOverload | None:
+    """``aten.add.Tensor`` for ``aten.add_.Tensor``; None where there is none."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+        return None
+    namespace, name = node.target._schema.name.split("::")
+    if namespace != "aten" or not name.endswith("_") or name.endswith("__"):
+        return None
+    packet = getattr(torch.ops.aten, name[:-1], None)
+    twin = getattr(packet, node.target._overloadname, None)
+    if twin is None or twin._schema.is_mutable:
+        return None
+    same = [a.name for a in twin._schema.arguments] == [a.name for a in node.target._schema.arguments]
+    return twin if same else None
+
+
+def _is_private(target: Node, place: dict[Node, int], at: int) -> bool:
+    """Whether nothing but later readers of ``target`` itself could see it change."""
+    shared = {target}
+    todo = [target]
+    while todo:
+        value = todo.pop()
+        family = [user for user in value.users if _is_alias(user) and place[user] < at]
+        if _is_alias(value):
+            if value.op != "call_function":
+                return False
+            family += value.all_input_nodes
+        todo += [other for other in family if other not in shared]
+        shared.update(family)
+    later = (user for value in shared - {target} for user in value.users if place[user] > at)
+    return next(later, None) is None
+
+
+def _is_alias(node: Node) -> bool:
+    """Whether the result may share memory with an input: views, and ops such as contiguous that only sometimes copy."""
+    if node.target is operator.getitem:
+        return True
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return True  # a placeholder or something unknown: the caller's memory
+    name = schema.name.removeprefix("aten::")
+    maybe = ("reshape", "contiguous", "to", "flatten", "expand_as", "view_as", "reshape_as", "type_as", "dropout")
+    return name in maybe or (not schema.is_mutable and any(r.alias_info is not None for r in schema.returns))
+
+
+def _same_form(target: Node, node: Node) -> bool:
+    before, after = target.meta.get("val"), node.meta.get("val")
+    if not (isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor)):
+        return False
+    operands = [value.meta.get("val") for value in node.all_input_nodes]
+    dtypes = {value.dtype for value in operands if isinstance(value, torch.Tensor) and value.dim() > 0}
+    return argument(node, "self") is target and before.shape == after.shape and dtypes == {before.dtype}

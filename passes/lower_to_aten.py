@@ -1,0 +1,86 @@
+"""Dynamo's graph -> one uniform pre-dispatch ATen vocabulary.
+
+Before: ``call_method view``, ``torch.nn.functional.layer_norm``, ``operator.add``, modules, ...
+After:  ``aten.view.default``, ``aten.layer_norm.default``, ``aten.add.Tensor``, ... with what matters kept whole
+(``aten.linear``, ``aten.scaled_dot_product_attention``), each node with its module path, source line and fake value.
+The graph is still ahead of autograd, so training works as in any graph that Dynamo hands out.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+import torch.fx.traceback as fx_traceback
+from torch.fx import Interpreter, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from tofu_fx.compilation import Compilation
+from tofu_fx.errors import Unsupported
+from tofu_fx.graphs import source_line
+
+
+def lower_to_aten(compilation: Compilation) -> None:
+    """Replace ``compilation.gm`` by its ATen form; placeholders keep their order and Dynamo's notes.
+
+    Raises:
+        Unsupported: for higher-order ops (activation checkpointing, autograd.Function, flex_attention, cond): inlining
+            them would lose what they are for, or give wrong gradients.
+    """
+    traced = compilation.gm
+    for node in traced.graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            name = node.target.name()
+            raise Unsupported(f"the graph holds the higher-order op {name}{source_line(node)}, which cannot be inlined")
+    before = traced.graph.find_nodes(op="placeholder")
+    fakes = [node.meta.get("example_value", node.meta.get("val")) for node in before]
+    modes = {fake.fake_mode for fake in fakes if isinstance(fake, torch._subclasses.FakeTensor)}
+    if len(modes) != 1:
+        raise Unsupported("the graph has no tensor input")
+    # The placeholders' own fake mode: the one in the tracing context is another, and mixing the two is refused.
+    with torch._guards.tracing(None), modes.pop(), fx_traceback.preserve_node_meta():
+        lowered = make_fx(
+            lambda *args: Interpreter(traced).run(*args),
+            tracing_mode="real",
+            pre_dispatch=True,
+            _allow_non_fake_inputs=True,
+        )(*fakes)
+    after = lowered.graph.find_nodes(op="placeholder")
+    for old, new in zip(before, after, strict=True):
+        _carry_over(old, new)
+    compilation.model_state = frozenset(new for old, new in zip(before, after, strict=True) if _is_state(old))
+    lowered.graph.eliminate_dead_code(is_impure_node=_is_impure)
+    outputs, _ = torch.utils._pytree.tree_flatten(lowered.graph.output_node().args[0])
+    compilation.traced_outputs = [out.meta.get("val") if isinstance(out, Node) else out for out in outputs]
+    compilation.gm = lowered
+
+
+def _carry_over(old: Node, new: Node) -> None:
+    """Dynamo's notes on a placeholder: AOTAutograd reads them to know parameters from inputs."""
+    new.meta.update({key: value for key, value in old.meta.items() if key not in new.meta})
+    new.name = old.name
+    new.target = old.target
+    source = getattr(old, "_dynamo_source", None)
+    if source is not None:
+        new._dynamo_source = source  # type: ignore[attr-defined]
+
+
+def _is_state(node: Node) -> bool:
+    """Whether a placeholder is a parameter, a buffer or another tensor held by a module, rather than an input."""
+    value: Any = node.meta.get("example_value")
+    if isinstance(value, torch.nn.Parameter):
+        return True
+    source = getattr(node, "_dynamo_source", None)
+    name = getattr(source, "name", "")
+    name = str(name() if callable(name) else name)
+    held_by_module = re.search(r"\._?(modules|parameters|buffers)\b|L\['self'\]\.", name) is not None
+    return held_by_module or re.search(r"_(parameters|buffers)_", str(node.target)) is not None
+
+
+def _is_impure(node: Node) -> bool:
+    """What must stay although nothing uses it: mutation, random state, grad-mode and autocast switches."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return node.is_impure()
+    return schema.is_mutable or not schema.returns or node.is_impure()

@@ -1,0 +1,144 @@
+"""Recompute every literal that stands for a token count, so that the graph works for any count.
+
+Before: ``%v = aten.view(%x[B, 197, C], [B, 197, H, D])``
+After:  ``%n = aten.sym_size.int(%x, 1)``; ``%v = aten.view(%x, [B, %n, H, D])``
+
+Which entry is a token count is known from the axes, never from its value. Inserts no reduction: the result has the same
+bits. The sizes are asked of the node's own input, so whatever version of the stream that input has later, the literal
+follows. They carry ``meta[LITERAL]`` and belong to the one node that uses them.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from tofu_fx.compilation import Compilation
+from tofu_fx.graphs import LITERAL, argument, is_op, set_argument, tensor_inputs
+from tofu_fx.tokens import Axes, Barrier, Dim, dim_size, hint, token_atoms
+from tofu_fx.tracer import AxisTracer
+
+_END = 2**63 - 1
+_SHAPED = {"view": "size", "reshape": "shape", "_unsafe_view": "size", "unflatten": "sizes"}
+
+
+def make_polymorphic(compilation: Compilation) -> None:
+    """Rewrite the literals of every node that carries tokens; placeholders, outputs and barriers are untouched."""
+    tracer = compilation.traced
+    barriers = {barrier.node for barrier in compilation.barriers}
+    for node in list(compilation.gm.graph.nodes):
+        touched = [node, *tensor_inputs(node)]
+        if node.op != "call_function" or node in barriers or not any(tracer.tokens(value) for value in touched):
+            continue
+        compilation.at = node
+        if is_op(node, *_SHAPED):
+            _shape_literals(tracer, node)
+        elif is_op(node, "expand"):
+            sizes: Any = argument(node, "size")
+            pairs = zip(tracer.of(node), sizes, strict=True)
+            set_argument(node, "size", [-1 if _has(dim) else size for dim, size in pairs])
+        elif is_op(node, "slice"):
+            _slice_literals(tracer, node)
+        elif is_op(node, "select"):
+            _select_literal(tracer, node)
+        elif is_op(node, "split_with_sizes"):
+            _split_literals(tracer, node)
+    compilation.gm.graph.lint()
+    compilation.gm.recompile()
+
+
+def _has(dim: Dim) -> bool:
+    return any(atom.is_token for atom in dim)
+
+
+def _maker(graph: Graph, node: Node) -> Callable[..., Any]:
+    """A function that appends a size computation just ahead of ``node``."""
+
+    def make(target: Any, *args: Any) -> Any:
+        if not any(isinstance(arg, Node) for arg in args):
+            return target(*args)
+        with graph.inserting_before(node):
+            new = graph.call_function(target, args)
+        values = [arg.meta["val"] if isinstance(arg, Node) else arg for arg in args]
+        new.meta = {"val": target(*values), LITERAL: True, "stack_trace": node.meta.get("stack_trace")}
+        return new
+
+    return make
+
+
+def _shape_literals(tracer: AxisTracer, node: Node) -> None:
+    name = _SHAPED[node.target._schema.name.split("::")[-1]]  # type: ignore[union-attr]
+    entries = list(argument(node, name))  # type: ignore[arg-type]
+    out: Axes = tracer.of(node)
+    if is_op(node, "unflatten"):
+        first = int(argument(node, "dim")) % len(tracer.of(node.args[0]))
+        out = out[first : first + len(entries)]
+    for i, dim in enumerate(out):
+        if _has(dim) and not (isinstance(entries[i], int) and entries[i] == -1):
+            entries[i] = _token_count(tracer, node, dim, entries, i)
+    set_argument(node, name, entries)
+
+
+def _token_count(tracer: AxisTracer, node: Node, dim: Dim, entries: list[Any], place: int) -> Any:
+    """The size of an output dim that holds tokens, from the sizes of the node's input."""
+    source = tensor_inputs(node)[0]
+    make = _maker(tracer.graph, node)
+    axes = tracer.of(source)
+    if dim in axes:
+        return make(torch.ops.aten.sym_size.int, source, axes.index(dim))
+    token = next(atom for atom in dim if atom.is_token)
+    others = [atom for atom in dim if not atom.is_token]
+    where = next(i for i, d in enumerate(axes) if token in d)
+    beside = [atom for atom in axes[where] if not atom.is_token]
+    if any(atom.base.symbolic for atom in (*others, *beside)):
+        if -1 in [entry for entry in entries if isinstance(entry, int)]:
+            raise Barrier("a view merges tokens with a symbolic axis and infers another")
+        return -1
+    count = make(torch.ops.aten.sym_size.int, source, where)
+    divisor, factor = dim_size(tuple(beside)), math.prod(atom.size for atom in others)
+    count = make(operator.floordiv, count, divisor) if divisor != 1 else count
+    return make(operator.mul, count, factor) if factor != 1 else count
+
+
+def _slice_literals(tracer: AxisTracer, node: Node) -> None:
+    """``x[:, 1:197]`` -> ``x[:, 1:]``; an end among the suffix tokens counts from the end."""
+    axes = tracer.of(node.args[0])
+    dim = int(argument(node, "dim")) % len(axes)
+    if not _has(axes[dim]):
+        return
+    atom = axes[dim][0]
+    start, end = argument(node, "start") or 0, argument(node, "end")
+    stop = atom.size if end is None else min(hint(end), atom.size)
+    set_argument(node, "start", start if start <= atom.lead else start - atom.size if start > 0 else start)
+    if stop >= atom.size - atom.tail:
+        set_argument(node, "end", _END if stop >= atom.size else stop - atom.size)
+
+
+def _select_literal(tracer: AxisTracer, node: Node) -> None:
+    """A suffix token is counted from the end."""
+    axes = tracer.of(node.args[0])
+    atoms = token_atoms((axes[int(argument(node, "dim")) % len(axes)],))
+    index = argument(node, "index")
+    if atoms and isinstance(index, int) and index >= atoms[0].size - atoms[0].tail:
+        set_argument(node, "index", index - atoms[0].size)
+
+
+def _split_literals(tracer: AxisTracer, node: Node) -> None:
+    """``split(x, [1, 196])`` -> ``split(x, [1, n - 1])``."""
+    axes = tracer.of(node.args[0])
+    dim = int(argument(node, "dim")) % len(axes)
+    if not _has(axes[dim]):
+        return
+    sizes = list(argument(node, "split_sizes"))  # type: ignore[arg-type]
+    make = _maker(tracer.graph, node)
+    count = make(torch.ops.aten.sym_size.int, node.args[0], dim)
+    for i, part in enumerate(tracer.axes[node]):
+        if _has(part[dim]):
+            rest = sum(size for j, size in enumerate(sizes) if j != i)
+            sizes[i] = make(operator.sub, count, rest)
+    set_argument(node, "split_sizes", sizes)

@@ -1,0 +1,55 @@
+"""Prove that the rewritten graph gives the caller what was traced: shapes, dtypes, devices and layout of each output.
+
+Every node's fake value was computed while the graph was written; this pass computes them once more from the inputs
+alone, so that no node stands on a value that another node no longer has. Changes nothing in the graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Interpreter, Node
+
+from tofu_fx.compilation import Compilation
+from tofu_fx.errors import TofuError
+from tofu_fx.tokens import hint
+
+
+class _Checked(Interpreter):
+    """Runs the graph on fake tensors and compares each node's value with the one noted when it was written."""
+
+    compilation: Compilation
+
+    def run_node(self, n: Node) -> Any:
+        self.compilation.at = n
+        value = super().run_node(n)
+        noted = n.meta.get("val")
+        if isinstance(value, torch.Tensor) and isinstance(noted, torch.Tensor) and _form(value) != _form(noted):
+            raise TofuError(f"{n.name} is {_form(value)}, was written as {_form(noted)}")
+        return value
+
+
+def verify(compilation: Compilation) -> None:
+    """Raise TofuError where an output is not what was traced."""
+    gm = compilation.gm
+    fakes = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
+    fake_mode = next(fake.fake_mode for fake in fakes if isinstance(fake, torch._subclasses.FakeTensor))
+    interpreter = _Checked(gm)
+    interpreter.compilation = compilation
+    with torch._guards.tracing(None), fake_mode:
+        outputs = interpreter.run(*fakes)
+    flat, _ = torch.utils._pytree.tree_flatten(outputs)
+    if len(flat) != len(compilation.traced_outputs):
+        raise TofuError(f"{len(flat)} outputs, {len(compilation.traced_outputs)} were traced")
+    for i, (now, traced) in enumerate(zip(flat, compilation.traced_outputs, strict=True)):
+        if isinstance(traced, torch.Tensor) and _form(now) != _form(traced):
+            raise TofuError(f"output {i} is {_form(now)}, was traced as {_form(traced)}")
+
+
+def _form(value: Any) -> Any:
+    """What a caller can rely on: shape, dtype, device, and whether (and in which order) it is dense in memory."""
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    shape = tuple(hint(size) for size in value.shape)
+    return shape, value.dtype, value.device, value.is_contiguous()

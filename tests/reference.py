@@ -1,0 +1,164 @@
+"""The oracle: token reduction written straight from the formulas, in float64 and plain loops.
+
+Slow, obvious, and independent of `tofu_fx.ops` on purpose: no import from the package. Tests compare against it, and
+use `decision_margin` and `merge_error` to know how closely float32 has to agree.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# Scores that agree to this many decimals are the same number computed twice: float64 sums of a few hundred products
+# of numbers up to one carry errors near 1e-14.
+SCORE_DECIMALS = 12
+
+
+def reference_scores(metric: Tensor, num_prefix: int, num_suffix: int) -> Tensor:
+    """Cosine similarity `[B, candidates, partners]` in float64; rows without a usable length score 0."""
+    batch, tokens, features = metric.shape
+    free = metric[:, num_prefix : tokens - num_suffix].double()
+    unit = torch.zeros_like(free)
+    for b in range(batch):
+        for i in range(free.shape[1]):
+            length = math.sqrt(sum(v * v for v in free[b, i].tolist()))
+            if 0 < length < math.inf:
+                unit[b, i] = free[b, i] / length
+    scores = torch.zeros(batch, len(range(0, free.shape[1], 2)), len(range(1, free.shape[1], 2)), dtype=torch.float64)
+    for b in range(batch):
+        for i in range(scores.shape[1]):
+            for j in range(scores.shape[2]):
+                scores[b, i, j] = (unit[b, 2 * i] * unit[b, 2 * j + 1]).sum()
+    return scores.round(decimals=SCORE_DECIMALS)
+
+
+def reference_match(metric: Tensor, r: int, num_prefix: int = 0, num_suffix: int = 0) -> list[dict[int, int]]:
+    """For every sample: source -> destination, places in the stream."""
+    result = []
+    for scores in reference_scores(metric, num_prefix, num_suffix):
+        choices = []
+        for i, row in enumerate(scores.tolist()):
+            if row:
+                best = max(row)
+                choices.append((-best, i, row.index(best)))
+        choices.sort()
+        result.append({num_prefix + 2 * i: num_prefix + 2 * j + 1 for _, i, j in choices[:r]})
+    return result
+
+
+def decision_margin(metric: Tensor, r: int, num_prefix: int = 0, num_suffix: int = 0) -> float:
+    """How far the scores are from another matching: the smallest gap, other than an exact tie, that decides one.
+
+    An implementation whose scores are off by less than half of this, and equal where the true ones are, must agree.
+    """
+    margin = math.inf
+    for scores in reference_scores(metric, num_prefix, num_suffix):
+        best = []
+        for row in scores.tolist():
+            if row:
+                best.append(max(row))
+                margin = min([margin, *(best[-1] - v for v in row if v < best[-1])])
+        if 0 < r < len(best):
+            best.sort(reverse=True)
+            gaps = [abs(v - best[k]) for k in (r - 1, r) for v in best if v != best[k]]
+            margin = min([margin, *gaps])
+    return margin
+
+
+def reference_merge(members: Tensor, weights: Tensor, strategy: str) -> Tensor:
+    """One group: members `[K, C]` float64 in the order of the stream, weights `[K]` -> `[C]` float64."""
+    weights = weights.double()
+    mean = sum(w * x for w, x in zip(weights, members, strict=True)) / weights.sum()
+    if strategy == "mean":
+        return mean
+    assert strategy == "mlerp"
+    norms = [float(x.norm()) for x in members]
+    if float(mean.norm()) == 0.0:
+        return members[norms.index(max(norms))]
+    largest = math.nan if any(map(math.isnan, norms)) else max(norms)
+    return mean / mean.norm() * largest
+
+
+def reference_apply(
+    x: Tensor, size: Tensor, merges: list[dict[int, int]], strategy: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Carry out given merges: x', size', assignment, kept."""
+    batch, tokens, _ = x.shape
+    left = tokens - (len(merges[0]) if merges else 0)
+    new_x, new_size = x.new_empty(batch, left, x.shape[2]), size.new_empty(batch, left)
+    assignment = torch.empty(batch, tokens, dtype=torch.int64)
+    kept = torch.empty(batch, left, dtype=torch.int64)
+    for b, joins in enumerate(merges):
+        survivors = [i for i in range(tokens) if i not in joins]
+        for place, survivor in enumerate(survivors):
+            group = [i for i in range(tokens) if joins.get(i, i) == survivor]
+            kept[b, place] = survivor
+            assignment[b, group] = place
+            new_size[b, place] = sum(size[b, i].item() for i in group)
+            new_x[b, place] = x[b, survivor]
+            if len(group) > 1 and strategy != "prune":
+                new_x[b, place] = reference_merge(x[b, group].double(), size[b, group], strategy).to(x.dtype)
+    return new_x, new_size, assignment, kept
+
+
+def reference_fuse(
+    x: Tensor, metric: Tensor, size: Tensor, r: int, strategy: str, num_prefix: int = 0, num_suffix: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `tofu::fuse_tokens` returns."""
+    return reference_apply(x, size, reference_match(metric, r, num_prefix, num_suffix), strategy)
+
+
+def reference_restore(
+    x: Tensor, assignment: Tensor, before: Tensor | None = None, merged: Tensor | None = None
+) -> Tensor:
+    """What `tofu::restore_tokens` returns."""
+    rows = []
+    for b in range(assignment.shape[0]):
+        for i, place in enumerate(assignment[b].tolist()):
+            row = x[b, place]
+            if before is not None and merged is not None:
+                row = row + (before[b, i] - merged[b, place])
+            rows.append(row)
+    return torch.stack(rows).view(*assignment.shape, x.shape[2])
+
+
+def reference_rebase(x: Tensor, size: Tensor, assignment: Tensor, kept: Tensor, strategy: str) -> Tensor:
+    """What `tofu::rebase` returns."""
+    merges = []
+    for b in range(assignment.shape[0]):
+        survivor = [int(kept[b, place]) for place in assignment[b]]
+        merges.append({i: s for i, s in enumerate(survivor) if s != i})
+    return reference_apply(x, size, merges, strategy)[0]
+
+
+def merge_error(
+    x: Tensor, size: Tensor, assignment: Tensor, expected: Tensor, strategy: str
+) -> Tensor:
+    """How far, element by element, a result computed in float32 and rounded once may lie from `expected` `[B, M, C]`.
+
+    With u = 2^-24 (half of float32's eps) and K members whose largest norm is n:
+    - a share w_k/W costs K roundings, products and sums another K: the mean is off by at most 2K u n;
+    - a norm is a sum of C squares and a root, (C/2 + 2) u relative at most; two of them, a division and a product give
+      (C + 6) u n, and the mean's own error is stretched by n/|m|;
+    - all of this twice for terms in u^2 and float64's share; then one rounding to x's dtype, where the two may fall on
+      either side: one eps of the value, or the smallest subnormal.
+    """
+    unit = 2.0**-24
+    error = torch.zeros(expected.shape, dtype=torch.float64)
+    for b in range(x.shape[0]):
+        for place in range(expected.shape[1]):
+            group = assignment[b] == place
+            count = int(group.sum())
+            if count < 2 or strategy == "prune":
+                continue
+            members, weights = x[b, group].double(), size[b, group].double()
+            largest = float(members.norm(dim=1).max())
+            bound = 2 * count * unit * largest
+            if strategy == "mlerp":
+                mean = float(((weights / weights.sum()).unsqueeze(1) * members).sum(0).norm())
+                bound = bound * (largest / mean if mean > 0 else 1.0) + (x.shape[2] + 6) * unit * largest
+            info = torch.finfo(x.dtype)
+            error[b, place] = 2 * bound + info.eps * expected[b, place].double().abs() + info.tiny * info.eps
+    return error

@@ -1,0 +1,22 @@
+"""tofu_fx: a torch.compile backend that makes transformers faster by pruning and merging redundant tokens.
+
+``torch.compile(model, backend="tofu", options={"ratio": 0.5})`` is all most users need; nothing has to be imported.
+"""
+
+from tofu_fx.errors import OptionError, PassError, PlanError, TofuError, TofuWarning, Unsupported
+from tofu_fx.options import Options
+from tofu_fx.planning.plan import Plan
+from tofu_fx.report.explain import Explanation, explain
+
+__all__ = [
+    "Explanation",
+    "OptionError",
+    "Options",
+    "PassError",
+    "Plan",
+    "PlanError",
+    "TofuError",
+    "TofuWarning",
+    "Unsupported",
+]
+__version__ = "0.1.0"

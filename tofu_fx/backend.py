@@ -1,0 +1,133 @@
+"""The torch.compile backend: Dynamo's graph in, a compiled callable out. The only file that knows Dynamo.
+
+``torch.compile(model, backend="tofu", options={...})`` finds :func:`tofu` by its name in the entry point group
+``torch_dynamo_backends``, so installing the package is all there is to do.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from tofu_fx.compilation import Compilation
+from tofu_fx.errors import OptionError, PassError, PlanError, TofuError, TofuWarning, Unsupported
+from tofu_fx.options import Options
+from tofu_fx.pipeline import run_pipeline
+
+logger = logging.getLogger("tofu_fx")
+
+
+def tofu(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Options | Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph with fewer tokens.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: its inputs, fake or real.
+        options: see :class:`tofu_fx.options.Options`.
+        mode: one of inductor's modes.
+
+    Returns:
+        A callable with the signature of the graph, and outputs of the traced shapes, dtypes and layout.
+
+    Raises:
+        OptionError, PlanError: wrong options, or a plan that does not fit. Dynamo wraps them in BackendCompilerFailed.
+        PassError: a pass failed and ``on_error`` is "raise".
+        TofuError: inductor is asked for on a CPU without a C++ compiler.
+    """
+    parsed = Options.parse(options, mode)
+    _check_compiler(parsed, example_inputs)
+    if not parsed.reduces:
+        return _inner(gm, example_inputs, parsed)
+    outcome = rewrite(gm, parsed)
+    for message in outcome.warnings:
+        warnings.warn(f"tofu_fx: {message}", TofuWarning, stacklevel=2)
+    reduced = outcome.compilation is not None and bool(outcome.compilation.reducing)
+    return _inner(outcome.compilation.gm if reduced else gm, example_inputs, parsed)  # type: ignore[union-attr]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one graph: the compilation (None where the passes could not run) and what must be said aloud."""
+
+    compilation: Compilation | None
+    message: str
+    warnings: tuple[str, ...] = ()
+
+
+def rewrite(gm: GraphModule, options: Options) -> Outcome:
+    """Run the pipeline over a Dynamo graph, which stays as it is.
+
+    Raises:
+        OptionError, PlanError: always. PassError: if ``on_error`` is "raise".
+    """
+    try:
+        compilation = run_pipeline(gm, options)
+    except (OptionError, PlanError):
+        raise
+    except Unsupported as reason:
+        message = f"nothing was accelerated: {reason}"
+        return Outcome(None, message, (message,))
+    except PassError as error:
+        if options.on_error == "raise":
+            raise
+        message = f"the graph was compiled untouched, because a pass failed: {error}"
+        return Outcome(None, message, (message,))
+    notes = tuple(f"{site.id}: {note}" for site in compilation.sites for note in site.notes)
+    if compilation.reducing:
+        message = f"{len(compilation.reducing)} of {len(compilation.sites)} attention sites reduced"
+        logger.info(message)
+        return Outcome(compilation, message, notes)
+    if not compilation.sites:
+        why = "the graph has no attention"
+    elif not any(site.matched for site in compilation.sites):
+        reasons = list(dict.fromkeys(f"{site.id}: {site.decline}" for site in compilation.sites))
+        why = "every attention was declined: " + "; ".join(reasons[:3]) + ("; ..." if len(reasons) > 3 else "")
+    else:
+        why = "the options or the plan take no token from any attention site"
+    message = f"nothing was accelerated: {why}"
+    return Outcome(compilation, message, (*notes, message))
+
+
+def _inner(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    """What compiles the graph, rewritten or not: the same call either way, so that r = 0 gives the same bits."""
+    if options.inner_backend != "inductor":
+        return torch._dynamo.lookup_backend(options.inner_backend)(gm, list(example_inputs))
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = dict(list_mode_options(options.mode)) if options.mode not in (None, "default") else {}
+    patches.update(options.inductor or {})
+    known = torch._inductor.config.get_config_copy() if patches else {}
+    for key in patches:
+        if key.replace("-", "_") not in known:
+            raise OptionError(f"option 'inductor': {key!r} is not one of inductor's options")
+    return compile_fx(gm, list(example_inputs), config_patches={k.replace("-", "_"): v for k, v in patches.items()})
+
+
+def _check_compiler(options: Options, example_inputs: Sequence[Any]) -> None:
+    """Say that there is no C++ compiler before inductor does in 300 lines."""
+    on_cpu = all(x.device.type == "cpu" for x in example_inputs if isinstance(x, torch.Tensor))
+    if options.inner_backend != "inductor" or not on_cpu:
+        return
+    from torch._inductor import config
+
+    wanted = config.cpp.cxx
+    names = [name for name in (wanted if isinstance(wanted, (tuple, list)) else [wanted]) if name]
+    if not any(shutil.which(name) for name in [*names, "g++", "clang++", "cl"]):
+        raise TofuError(
+            "inductor needs a C++ compiler on CPU and found none: install g++ (Debian: apt-get install g++), or set the "
+            "CXX environment variable, or pass options={'inner_backend': 'aot_eager'} to run without inductor"
+        )

@@ -1,0 +1,114 @@
+"""Plain inductor against tofu, measured in one process: the variants take turns on the same batches."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import tofu_fx
+from tofu_fx.demo.data import Digits
+
+PLAIN = "plain"
+
+
+@dataclass
+class Variant:
+    """One way to run the model, and what was measured of it.
+
+    Attributes:
+        strategy: "plain", or the strategy that tofu was given.
+        ratio: the share of tokens that tofu was told to remove; 0 for plain.
+        inner_backend: the backend that compiles the graph ("inductor", or "aot_eager" in a quick run).
+        call: the compiled model, images `[batch, 1, 28, 28]` to logits `[batch, 10]`.
+        tokens: how many tokens the last layer works on.
+        flops: floating-point operations for one image.
+        compile_seconds: from nothing to the first result.
+        seconds: one wall time for each batch.
+        predictions: int64 `[n]`, the digit named for each test image; what is missing from it was not run.
+    """
+
+    strategy: str
+    ratio: float
+    inner_backend: str
+    call: Callable[[Tensor], Tensor]
+    tokens: int = 0
+    flops: float = 0.0
+    compile_seconds: float = 0.0
+    seconds: list[float] = field(default_factory=list)
+    predictions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+
+    @property
+    def label(self) -> str:
+        """What a reader calls it, such as "mlerp 0.5"."""
+        return f"plain {self.inner_backend}" if self.strategy == PLAIN else f"{self.strategy} {self.ratio:g}"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a user passes as `torch.compile(model, backend="tofu", options=...)` to get this variant."""
+        return {"ratio": self.ratio, "strategy": self.strategy, "inner_backend": self.inner_backend}
+
+    @property
+    def median_seconds(self) -> float:
+        """The median wall time of a batch."""
+        return statistics.median(self.seconds)
+
+    def accuracy(self, labels: Tensor) -> float:
+        """The share of right predictions, 0 to 1."""
+        return float((self.predictions == labels).double().mean())
+
+
+def make_variants(
+    model: nn.Module, strategies: Sequence[str], ratios: Sequence[float], inner_backend: str
+) -> list[Variant]:
+    """Plain first, then every strategy at every ratio; nothing is compiled before `compile_variant`."""
+    plain: Callable[[Tensor], Tensor] = torch.compile(model, backend=inner_backend)
+    variants = [Variant(PLAIN, 0.0, inner_backend, plain)]
+    for strategy in strategies:
+        for ratio in ratios:
+            variant = Variant(strategy, ratio, inner_backend, model)
+            variant.call = torch.compile(model, backend="tofu", options=variant.options)
+            variants.append(variant)
+    return variants
+
+
+@torch.no_grad()
+def compile_variant(variant: Variant, model: nn.Module, sample: Tensor) -> None:
+    """Compile by calling it on `sample` and fill in the time that took, the tokens and the operations."""
+    start = time.perf_counter()
+    variant.call(sample)
+    variant.compile_seconds = time.perf_counter() - start
+    options = variant.options if variant.strategy != PLAIN else {"ratio": 0.0}
+    explanation = tofu_fx.explain(model, sample, options=options)
+    variant.tokens = explanation.tokens_after
+    variant.flops = explanation.flops_after / len(sample)
+
+
+def batches(digits: Digits, size: int) -> list[Tensor]:
+    """The images in batches of exactly `size`, the last one filled up with its own first image.
+
+    A shorter last batch would be another shape, and a second compilation of every variant.
+    """
+    parts = list(digits.images.split(size))
+    missing = size - len(parts[-1])
+    parts[-1] = torch.cat([parts[-1], parts[-1][:1].expand(missing, -1, -1, -1)])
+    return parts
+
+
+@torch.no_grad()
+def run_batch(variants: Sequence[Variant], batch: Tensor, turn: int, count: int) -> None:
+    """Run and time every variant on one batch, and keep its first `count` predictions.
+
+    The variants take turns, so that a slow moment of the machine is shared by all, and `turn` rotates who goes first.
+    """
+    start_at = turn % len(variants)
+    for variant in [*variants[start_at:], *variants[:start_at]]:
+        start = time.perf_counter()
+        logits = variant.call(batch)
+        variant.seconds.append(time.perf_counter() - start)
+        variant.predictions = torch.cat([variant.predictions, logits[:count].argmax(1)])

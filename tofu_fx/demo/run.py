@@ -1,0 +1,207 @@
+"""The demo: compile, measure, print a table, say what it means, draw a picture."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+import tofu_fx
+from tofu_fx.demo.data import Digits, load_digits
+from tofu_fx.demo.draw import TokenMap, draw_token_maps
+from tofu_fx.demo.extra import need
+from tofu_fx.demo.measure import PLAIN, Variant, batches, compile_variant, make_variants, run_batch
+from tofu_fx.demo.model import load_model, read_facts
+
+STRATEGIES = ("prune", "mean", "mlerp", "auto")
+RATIOS = (0.3, 0.5)
+BATCH = 64
+QUICK_BATCH, QUICK_IMAGES = 8, 24
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the demo runs.
+
+    Attributes:
+        output: the PNG to write.
+        ratios: shares of tokens to remove, each in (0, 1).
+        strategies: among "prune", "mean", "mlerp" and "auto".
+        batch: images a call.
+        threads: CPU threads for torch; None leaves torch's own choice.
+        quick: a few images and no C++ compiling; shows that everything works and measures nothing of use.
+    """
+
+    output: Path = Path("tofu_demo.png")
+    ratios: Sequence[float] = RATIOS
+    strategies: Sequence[str] = STRATEGIES
+    batch: int = BATCH
+    threads: int | None = None
+    quick: bool = False
+
+
+def run_demo(settings: Settings, console: Console, progress_console: Console) -> list[Variant]:
+    """Run the whole demo; returns what was measured, plain first.
+
+    Args:
+        settings: what to run.
+        console: where the table and the findings go.
+        progress_console: where the progress bar goes.
+
+    Raises:
+        MissingExtraError: a package of the `demo` extra is not installed.
+        FileNotFoundError: the folder of `settings.output` does not exist.
+    """
+    if not settings.output.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--output {settings.output}: the folder {settings.output.parent} does not exist")
+    # The last step's package is asked for first: nobody should wait minutes to read that it is missing.
+    need("matplotlib")
+    start = time.perf_counter()
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    model, (_, test) = load_model(), load_digits()
+    if settings.quick:
+        test = Digits(test.images[:QUICK_IMAGES], test.labels[:QUICK_IMAGES], test.ids[:QUICK_IMAGES])
+    batch_size = min(settings.batch, len(test.labels), QUICK_BATCH if settings.quick else settings.batch)
+    _introduce(console, model, test, batch_size)
+    inner_backend = "aot_eager" if settings.quick else "inductor"
+    with _room_for_variants(), _progress(progress_console) as progress:
+        variants = make_variants(model, settings.strategies, settings.ratios, inner_backend)
+        _compile_and_measure(model, variants, test, batch_size, progress)
+        task = progress.add_task("drawing which tokens were merged", total=1)
+        _draw(settings, model, variants, test)
+        progress.advance(task)
+    console.print(make_table(variants, test.labels))
+    if settings.quick:
+        console.print("A quick run: few images and uncompiled kernels; its speeds and accuracies say little.")
+    else:
+        console.print(interpret(variants, test.labels), highlight=False)
+    console.print(f"Picture: {settings.output} ({time.perf_counter() - start:.0f} s in all)", highlight=False)
+    return variants
+
+
+@contextmanager
+def _room_for_variants() -> Iterator[None]:
+    # Dynamo counts compilations by code object, not by model: after eight variants of one forward it would stop.
+    with torch._dynamo.config.patch(recompile_limit=256):  # type: ignore[no-untyped-call, unused-ignore]
+        yield
+
+
+def _progress(console: Console) -> Progress:
+    share = TextColumn("{task.percentage:>3.0f}%")
+    return Progress(TextColumn("{task.description}"), BarColumn(), share, TimeElapsedColumn(), console=console)
+
+
+def _introduce(console: Console, model: nn.Module, test: Digits, batch_size: int) -> None:
+    facts = read_facts()
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    layers = facts["architecture"]["depth"]
+    console.print(
+        f"A vision transformer of {layers} layers and {millions:.1f} M parameters, trained by {facts['script']}; "
+        f"{len(test.labels)} scanned digits that it has not seen, {batch_size} a batch; "
+        f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}.",
+        highlight=False,
+    )
+
+
+def _compile_and_measure(
+    model: nn.Module, variants: list[Variant], test: Digits, batch_size: int, progress: Progress
+) -> None:
+    parts = batches(test, batch_size)
+    task = progress.add_task("compiling", total=len(variants))
+    for variant in variants:
+        progress.update(task, description=f"compiling {variant.label}")
+        compile_variant(variant, model, parts[0])
+        progress.advance(task)
+    progress.update(task, description="compiled")
+    task = progress.add_task(f"measuring, {len(variants)} variants in turns", total=len(parts))
+    for turn, part in enumerate(parts):
+        left = len(test.labels) - turn * batch_size
+        run_batch(variants, part, turn, count=min(batch_size, left))
+        progress.advance(task)
+
+
+def make_table(variants: Sequence[Variant], labels: Tensor) -> Table:
+    """What was measured, a row a variant; speed-up is plain's median time over the row's."""
+    plain = variants[0]
+    batch_images = len(labels) / len(plain.seconds)
+    table = Table(title=f"Plain {plain.inner_backend} against tofu")
+    for name in ("strategy", "ratio", "tokens", "GFLOPs/image", "accuracy", "images/s", "speed-up", "compiled in"):
+        table.add_column(name, justify="left" if name == "strategy" else "right")
+    for variant in variants:
+        speed = plain.median_seconds / variant.median_seconds
+        table.add_row(
+            variant.label if variant.strategy == PLAIN else variant.strategy,
+            "" if variant.strategy == PLAIN else f"{variant.ratio:g}",
+            str(variant.tokens),
+            f"{variant.flops / 1e9:.3f} ({variant.flops / plain.flops:.0%})",
+            f"{variant.accuracy(labels):.2%}",
+            f"{batch_images / variant.median_seconds:.0f}",
+            f"{speed:.2f}x",
+            f"{variant.compile_seconds:.1f} s",
+            end_section=variant.strategy == PLAIN,
+        )
+    return table
+
+
+def interpret(variants: Sequence[Variant], labels: Tensor) -> str:
+    """Two or three sentences on what the numbers mean, made from the numbers."""
+    plain, *others = variants
+    image = 1 / len(labels)
+    whole = plain.accuracy(labels)
+    fastest = min(others, key=lambda variant: variant.median_seconds)
+    speed = plain.median_seconds / fastest.median_seconds
+    change = (fastest.accuracy(labels) - whole) * 100
+    sentences = [
+        f"The fastest, {fastest.label}, runs at {speed:.2f} times the speed of {plain.label} and changes accuracy by "
+        f"{change:+.2f} points; its arithmetic alone would allow {plain.flops / fastest.flops:.2f} times."
+    ]
+    # Three images is where a difference between two runs over this split starts to be more than luck.
+    kept = [variant for variant in others if variant.accuracy(labels) >= whole - 3 * image]
+    if kept:
+        best = min(kept, key=lambda variant: variant.median_seconds)
+        sentences.append(
+            f"Among those within three images of plain, {best.label} is the fastest: "
+            f"{plain.median_seconds / best.median_seconds:.2f}x."
+        )
+    sentences.append(f"One test image is {image * 100:.2f} points: small differences are few images.")
+    return " ".join(sentences)
+
+
+def _drawn(settings: Settings, variants: Sequence[Variant]) -> list[Variant]:
+    """The rows of the picture: mlerp at every ratio and auto at the highest; else the first strategy at every ratio."""
+    shown = "mlerp" if "mlerp" in settings.strategies else settings.strategies[0]
+    rows = [variant for variant in variants if variant.strategy == shown]
+    highest = [variant for variant in variants if (variant.strategy, variant.ratio) == ("auto", max(settings.ratios))]
+    return rows + [variant for variant in highest if variant not in rows]
+
+
+def _draw(settings: Settings, model: nn.Module, variants: Sequence[Variant], test: Digits) -> None:
+    plain = variants[0]
+    # The first test image of each digit: no choosing of photogenic ones.
+    firsts = torch.tensor([int((test.labels == digit).nonzero()[0]) for digit in test.labels.unique()])
+    images, labels = test.images[firsts], test.labels[firsts]
+    maps = []
+    for variant in _drawn(settings, variants):
+        with torch.no_grad():
+            (groups,) = tofu_fx.token_groups(model, images, options=variant.options)
+        speed = plain.median_seconds / variant.median_seconds
+        notes = [f"{plain.tokens} to {variant.tokens} tokens", f"accuracy {variant.accuracy(test.labels):.2%}"]
+        notes += [] if settings.quick else [f"{speed:.2f}x the speed"]
+        # The class token comes first and is no patch.
+        maps.append(TokenMap(variant.label, notes, groups[:, 1:].cpu(), variant.predictions[firsts]))
+    whole = f"plain {plain.inner_backend}: accuracy {plain.accuracy(test.labels):.2%}"
+    heading = f"Which patches became one token ({whole} on {len(test.labels)} images)"
+    caption = (
+        "Every outlined region is one token after the last layer, filled with its mean ink; "
+        "parts of one token may lie apart. The first test image of each digit."
+    )
+    draw_token_maps(settings.output, images, labels, maps, heading, caption)

@@ -1,0 +1,82 @@
+"""Small questions about FX nodes that every part of the compiler asks: inputs, arguments, where a node comes from."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import networkx as nx
+import torch
+from torch.fx import Graph, Node
+
+#: meta key of a size computed by make_polymorphic; it belongs to the one node that uses it
+LITERAL = "tofu_literal"
+
+
+def tensor_inputs(node: Node) -> list[Node]:
+    """The input nodes whose value is a tensor or a tuple of tensors, without repeats, in order."""
+    return [value for value in node.all_input_nodes if isinstance(value.meta.get("val"), (torch.Tensor, tuple, list))]
+
+
+def argument(node: Node, name: str, default: Any = None) -> Any:
+    """The value of an op's argument by its name in the schema, wherever it was passed; else the schema's default."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    for i, argument in enumerate(schema.arguments):
+        if argument.name == name:
+            if i < len(node.args) and not argument.kwarg_only:
+                return node.args[i]
+            return node.kwargs.get(name, argument.default_value if argument.has_default_value() else default)
+    return default
+
+
+def set_argument(node: Node, name: str, value: Any) -> None:
+    """Replace an op's argument by its name in the schema."""
+    for i, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if argument.name == name:
+            if i < len(node.args) and not argument.kwarg_only:
+                node.update_arg(i, value)
+            else:
+                node.update_kwarg(name, value)
+            return
+    raise KeyError(f"{node.target} has no argument {name!r}")
+
+
+def is_op(node: Any, *names: str) -> bool:
+    """Whether a node calls one of these ATen ops, any overload: ``is_op(node, "add", "sub")``."""
+    packet = getattr(getattr(node, "target", None), "_schema", None)
+    return packet is not None and packet.name.removeprefix("aten::") in names
+
+
+def value_graph(graph: Graph) -> nx.DiGraph[Node]:
+    """The dataflow of a graph as a networkx graph: an edge from each node to each of its users."""
+    flow: nx.DiGraph[Node] = nx.DiGraph()
+    for node in graph.nodes:
+        flow.add_node(node)
+        flow.add_edges_from((value, node) for value in node.all_input_nodes)
+    return flow
+
+
+def module_path(node: Node) -> str:
+    """The innermost module that made a node, as the user knows it: ``blocks.3.attn``. Empty where not known."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = list(stack.values())[-1][0]
+    path = re.sub(r"^L\['self'\]\.?", "", path)
+    path = re.sub(r"^L\['(\w+)'\]", r"\1", path)
+    path = re.sub(r"\._modules\['([^']+)'\]", r".\1", path)
+    return re.sub(r"\['?([^'\]]+)'?\]", r".\1", path).replace("getattr", "").strip(".")
+
+
+def source_line(node: Node) -> str:
+    """`` (file:line)`` of the user's code that made a node, or the empty string."""
+    trace = node.meta.get("stack_trace") or ""
+    places = re.findall(r'File "([^"]+)", line (\d+)', trace)
+    return f" ({places[-1][0]}:{places[-1][1]})" if places else ""
+
+
+def copy_graph(graph: Graph) -> Graph:
+    """A copy of a graph, node by node, with its metadata."""
+    new = Graph()
+    new.output(new.graph_copy(graph, {}))  # type: ignore[arg-type]
+    return new

@@ -1,0 +1,161 @@
+"""Emitting nodes, and bringing any tensor of tokens to the one layout that the token operators take and back.
+
+The operators work on ``[B, N, F]``: all batch axes in one, the tokens, everything else. A model may keep its stream as
+``[B, N, C]``, ``[N, B, C]`` or ``[B*N, C]``, and companions as ``[N, D]`` or ``[1, H, N, N]``: the axes say how.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from tofu_fx.tokens import Atom, Axes, Barrier, Dim, hint
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Emitter:
+    """Appends nodes to a graph, each with its fake value and the origin (module path, source line) it serves."""
+
+    graph: Graph
+    fake_mode: Any
+    origin: Node | None = None
+    _memo: dict[Any, Node] = field(default_factory=dict)
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Any:
+        """Append a call. A call whose result is a plain int is not emitted: its value is returned."""
+        value = self._fake(target, args, kwargs)
+        if isinstance(value, (int, float, bool)):
+            return value
+        node = self.graph.call_function(target, args, kwargs)
+        node.meta["val"] = value
+        self._stamp(node)
+        return node
+
+    def once(self, target: Any, *args: Any, **kwargs: Any) -> Any:
+        """Like ``call``, but an equal call (hashable arguments) is made only once. For pure ops only."""
+        key = (target, args, tuple(sorted(kwargs.items())))
+        if key not in self._memo:
+            self._memo[key] = self.call(target, *args, **kwargs)
+        return self._memo[key]
+
+    def copy(self, node: Node, mapping: Any) -> Any:
+        """Append a copy of a node of another graph with mapped inputs; its fake value is computed anew."""
+        args, kwargs = map_arg(node.args, mapping), map_arg(node.kwargs, mapping)
+        value = self._fake(node.target, args, kwargs)
+        if isinstance(value, (int, float, bool)):
+            return value
+        new = self.graph.create_node(node.op, node.target, args, kwargs, node.name, node.type)
+        new.meta = {**node.meta, "val": value}
+        new.meta.pop("tensor_meta", None)
+        return new
+
+    def _fake(self, target: Any, args: Any, kwargs: Any) -> Any:
+        values = map_arg((args, kwargs), lambda n: n.meta["val"])
+        with torch._guards.tracing(None), self.fake_mode:
+            return target(*values[0], **values[1])
+
+    def _stamp(self, node: Node) -> None:
+        if self.origin is not None:
+            for key in ("nn_module_stack", "stack_trace"):
+                if key in self.origin.meta:
+                    node.meta[key] = self.origin.meta[key]
+
+
+def _sizes(dims: Sequence[Sequence[Atom]], count: int) -> list[int]:
+    """A shape for dims given as atoms: the token axis has ``count`` positions now, the one symbolic dim is -1."""
+    sizes = []
+    for dim in dims:
+        symbolic = any(atom.base.symbolic and not atom.is_token for atom in dim)
+        sizes.append(-1 if symbolic else math.prod(count if atom.is_token else atom.size for atom in dim))
+    if sizes.count(-1) > 1:
+        raise Barrier("several symbolic axes in one tensor of tokens")
+    return sizes
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How ``axes`` map to ``[B, N, F]``: the stream's batch atoms, the token atom in dim ``tokens``, the rest."""
+
+    axes: Axes
+    tokens: int
+    batch: tuple[Atom, ...]
+
+    @property
+    def atom(self) -> Atom:
+        """The token atom of the chosen dim."""
+        return next(atom for atom in self.axes[self.tokens] if atom.is_token)
+
+    def to_canonical(self, emit: Emitter, node: Node, count: int) -> Node:
+        """Append what brings a tensor with these axes and ``count`` tokens to ``[B, N, F]``."""
+        flat, order = self._flat(), self._order()
+        rest = order[len(self.batch) + 1 :]
+        if order == sorted(order) and len(self.batch) == len(rest) == 1 and len(self.axes) == 3:
+            return node
+        if any(len(dim) != 1 for dim in self.axes):
+            node = emit.call(aten.reshape.default, node, _sizes([(atom,) for atom in flat], count))
+        if order != sorted(order):
+            node = emit.call(aten.permute.default, node, order)
+        dims = [[flat[i] for i in part] for part in (order[: len(self.batch)], [order[len(self.batch)]], rest)]
+        return emit.call(aten.reshape.default, node, _sizes(dims, count))
+
+    def from_canonical(self, emit: Emitter, node: Node, count: int) -> Node:
+        """The inverse of ``to_canonical``, for a tensor that now has ``count`` tokens."""
+        flat, order = self._flat(), self._order()
+        if order == sorted(order) and len(self.batch) == 1 and len(order) == 3 and len(self.axes) == 3:
+            return node
+        node = emit.call(aten.reshape.default, node, _sizes([(flat[i],) for i in order], count))
+        if order != sorted(order):
+            node = emit.call(aten.permute.default, node, [order.index(i) for i in range(len(order))])
+        if any(len(dim) != 1 for dim in self.axes):
+            node = emit.call(aten.reshape.default, node, _sizes(self.axes, count))
+        return node
+
+    def _flat(self) -> list[Atom]:
+        return [atom for dim in self.axes for atom in dim]
+
+    def _order(self) -> list[int]:
+        """Places of the atoms in canonical order: batch, token, rest."""
+        flat = self._flat()
+        ahead = sum(len(dim) for dim in self.axes[: self.tokens])
+        place = ahead + next(i for i, atom in enumerate(self.axes[self.tokens]) if atom.is_token)
+        batch = [i for atom in self.batch for i, other in enumerate(flat) if other == atom]
+        if len(batch) != len(self.batch):
+            raise Barrier("the batch of this tensor cannot be lined up with the stream's")
+        return [*batch, place, *(i for i in range(len(flat)) if i != place and i not in batch)]
+
+
+def align(emit: Emitter, node: Node, dims: Sequence[Dim], place: int, batch: tuple[Atom, ...]) -> Node:
+    """A per-token tensor ``[B, M]`` so that it broadcasts over a tensor with axes ``dims``, its tokens in dim ``place``.
+
+    The batch goes where the batch atoms stand; all other dims are 1 (or expanded where they are merged with the batch).
+    """
+    found = [atom for i, dim in enumerate(dims) for atom in dim if atom in batch and i != place]
+    if found != list(batch):
+        raise Barrier("the batch of this tensor cannot be lined up with the stream's")
+    count = hint(node.meta["val"].shape[1])
+    split: list[int] = []
+    full: list[int] = []
+    merged: list[int] = []
+    for i, dim in enumerate(dims):
+        if i == place:
+            split, full, merged = [*split, count], [*full, -1], [*merged, count]
+            continue
+        mixed = any(atom in batch for atom in dim)
+        for atom in dim if mixed else ():
+            split.append((-1 if atom.base.symbolic else atom.size) if atom in batch else 1)
+            full.append(-1 if atom in batch else atom.size)
+        if not mixed:
+            split, full = [*split, 1], [*full, -1]
+        merged.append(_sizes([dim], 0)[0] if mixed else 1)
+    node = emit.once(aten.view.default, node, tuple(split))
+    if any(size != -1 for size in full):
+        node = emit.call(aten.expand.default, node, full)
+    return node if len(split) == len(merged) else emit.call(aten.reshape.default, node, merged)

@@ -1,0 +1,93 @@
+"""`tofu::fuse_tokens`: match, then prune or merge, in one opaque node."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import check_metric, check_reduction, check_strategy, check_stream
+from .gradient import gradient, save_for_gradient
+from .matching import match
+from .merging import reduce_rows
+
+
+@torch.library.custom_op("tofu::fuse_tokens", mutates_args=())
+def fuse_tokens(
+    x: Tensor, metric: Tensor, size: Tensor, r: int, strategy: str, num_prefix: int, num_suffix: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Take r tokens out of a stream; each joins the token it is most like.
+
+    Source: arXiv 2312.01026 sec. 3 (prune, MLERP), arXiv 2210.09461 sec. 3 (matching, sizes); the survivors keep the
+    order of the stream, which is this project's. Deterministic, and a sample's result does not depend on its batch.
+    Differentiable in x; the choice of the tokens is a constant.
+
+    Args:
+        x: features `[B, N, C]`; merged in float32 (float64 for float64) and rounded once.
+        metric: `[B, N, M]` floating point, what tokens are compared by: cosine similarity in float32. A row that is
+            zero or not finite is equally unlike every other.
+        size: `[B, N]` float32, > 0: how many original tokens each stands for.
+        r: tokens to take away, 0 <= r <= max_reduction(N, num_prefix, num_suffix).
+        strategy: what a destination becomes. "prune": stays as it is. "mean": the size-weighted mean m of its group.
+            "mlerp": m/|m| * max_k |x_k|; where |m| = 0, the member of the largest norm (ties: the first). Whatever the
+            strategy, it takes over the sizes.
+        num_prefix: tokens at the start that are neither merged nor moved.
+        num_suffix: tokens at the end that are neither merged nor moved.
+
+    Returns:
+        x' `[B, N-r, C]` in x's dtype; size' `[B, N-r]` float32; assignment `[B, N]` int64, the place of each token in
+        x'; kept `[B, N-r]` int64, ascending, the token of x that each place of x' descends from. Tokens that took no
+        part have x's bits.
+
+    Raises:
+        ValueError: r out of range (it names the cap), an unknown strategy, or shapes and dtypes other than the above.
+    """
+    check_stream("fuse_tokens", x, size)
+    check_metric("fuse_tokens", x, metric)
+    check_strategy(strategy)
+    batch, tokens, features = x.shape
+    check_reduction("fuse_tokens", r, tokens, num_prefix, num_suffix)
+    left = tokens - r
+    if r == 0 or batch == 0:
+        place = torch.arange(tokens, device=x.device).repeat(batch, 1)
+        whole, sizes = (t[:, :left].clone(memory_format=torch.contiguous_format) for t in (x, size))
+        return whole, sizes, place, place[:, :left].clone(memory_format=torch.contiguous_format)
+    reduction = match(metric, r, num_prefix, num_suffix)
+    new_x, new_size = reduce_rows(x.flatten(0, 1), size.flatten(), reduction, strategy)
+    return (
+        new_x.view(batch, left, features),
+        new_size.view(batch, left),
+        (reduction.place % left).view(batch, tokens),
+        (reduction.kept % tokens).view(batch, left),
+    )
+
+
+@fuse_tokens.register_fake
+def _(
+    x: Tensor, metric: Tensor, size: Tensor, r: int, strategy: str, num_prefix: int, num_suffix: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_strategy(strategy)
+    batch, tokens, features = x.shape
+    # Asking about a symbolic size would pin it down; those calls are checked when they run.
+    if all(isinstance(value, int) for value in (r, tokens, num_prefix, num_suffix)):
+        check_reduction("fuse_tokens", r, tokens, num_prefix, num_suffix)
+    left = tokens - r
+    return (
+        x.new_empty((batch, left, features)),
+        size.new_empty((batch, left)),
+        x.new_empty((batch, tokens), dtype=torch.int64),
+        x.new_empty((batch, left), dtype=torch.int64),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    x, _, size, _, strategy, _, _ = inputs
+    save_for_gradient(ctx, x, size, *output[1:], strategy)
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    return gradient(ctx, grad), None, None, None, None, None, None
+
+
+fuse_tokens.register_autograd(_backward, setup_context=_setup_context)

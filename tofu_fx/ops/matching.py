@@ -1,0 +1,118 @@
+"""Who merges with whom: bipartite soft matching over the free tokens (arXiv 2210.09461, sec. 3; arXiv 2312.01026).
+
+Batches are handled flat: a "row" is a place in `[B * N]`, so one index selects a token of a sample.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Shapes of the similarity matrix are rounded up to these. BLAS computes the ragged edge of a matrix with other code
+# than its inside: there, the same two rows give other bits, which would decide ties by position and make a sample
+# depend on where it lies in its batch.
+_CANDIDATE_TILE = 8
+_PARTNER_TILE = 32
+_FEATURE_TILE = 16
+
+
+class Reduction(NamedTuple):
+    """The merges of a batch: K = B * r rows leave, B * M rows stay.
+
+    Row `sources[k]` joins row `destinations[k]`; ordered by destination, then by source. A source occurs once and is
+    never a destination. `place` `[B * N]` is where each row goes in the flat reduced stream, `kept` `[B * M]` the rows
+    that stay, ascending.
+    """
+
+    sources: Tensor
+    destinations: Tensor
+    place: Tensor
+    kept: Tensor
+
+
+def max_reduction(num_tokens: int, num_prefix: int = 0, num_suffix: int = 0) -> int:
+    """Return the largest r that `fuse_tokens` accepts: half of the unprotected tokens, rounded down."""
+    return max(num_tokens - num_prefix - num_suffix, 0) // 2
+
+
+def unit_rows(metric: Tensor) -> Tensor:
+    """Scale the rows of `metric` `[B, N, M]` to length one, in float32, at the start of a zero-padded `[B, N', M']`.
+
+    A row without a usable length (zero, NaN, or beyond float32's range) becomes zero: it is equally unlike every token
+    and no NaN reaches the ordering.
+    """
+    batch, tokens, features = metric.shape
+    metric = metric.float()
+    padded = metric.new_zeros((batch, _round_up(tokens, 2 * _PARTNER_TILE), _round_up(features, _FEATURE_TILE)))
+    inside = padded[:, :tokens, :features]
+    torch.div(metric, torch.linalg.vector_norm(metric, dim=-1, keepdim=True), out=inside)
+    inside.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+    return padded
+
+
+def match(metric: Tensor, r: int, num_prefix: int, num_suffix: int) -> Reduction:
+    """Choose the r tokens of each sample to merge away, and where each goes.
+
+    Args:
+        metric: `[B, N, M]`, any float dtype; compared by cosine similarity in float32. B >= 1.
+        r: number of sources, 1 <= r <= max_reduction(N, num_prefix, num_suffix).
+        num_prefix: tokens at the start that take no part.
+        num_suffix: tokens at the end that take no part.
+
+    Of the free tokens the even places are candidates and the odd places are partners. Each candidate looks at its
+    most similar partner (ties: the first one); the r candidates with the highest similarity are the sources (ties: the
+    first ones).
+    """
+    batch, tokens, _ = metric.shape
+    free = tokens - num_prefix - num_suffix
+    candidates, partners = (free + 1) // 2, free // 2
+    rows = unit_rows(metric[:, num_prefix : num_prefix + free])
+    height = _round_up(candidates, _CANDIDATE_TILE)
+    score = torch.bmm(rows[:, : 2 * height : 2], rows[:, 1::2].transpose(1, 2))
+    score[:, :, partners:] = -torch.inf
+    # A maximum with its place is scalar code on CPU. So find plain maxima of blocks first, and look for places only in
+    # the r winning blocks. The first best block, and the first best inside it, are the first best of all.
+    blocks = score.view(batch, height, -1, _PARTNER_TILE).amax(dim=-1)
+    ranked = torch.sort(blocks.amax(dim=-1)[:, :candidates], dim=-1, descending=True, stable=True).indices
+    chosen = ranked[:, :r].sort(dim=-1).values
+    sample = torch.arange(batch, device=metric.device).unsqueeze(1)
+    winner = (chosen + sample * height).flatten()
+    block = blocks.view(-1, blocks.shape[2]).index_select(0, winner).argmax(dim=-1)
+    inside = score.view(-1, _PARTNER_TILE).index_select(0, winner * blocks.shape[2] + block).argmax(dim=-1)
+    first = sample * tokens + num_prefix
+    partner = (block * _PARTNER_TILE + inside).view(chosen.shape)
+    destinations, order = torch.sort(2 * partner + 1 + first, dim=-1, stable=True)
+    sources = (2 * chosen + first).gather(1, order).flatten()
+    destinations = destinations.flatten()
+    keep = torch.ones(batch * tokens, dtype=torch.bool, device=metric.device).index_fill_(0, sources, False)
+    place = keep.cumsum(0).sub_(1)
+    place.index_copy_(0, sources, place.index_select(0, destinations))
+    return Reduction(sources, destinations, place, _true_places(keep, batch * (tokens - r)))
+
+
+def reduction_of(assignment: Tensor, kept: Tensor) -> Reduction:
+    """Read the merges back from `assignment` `[B, N]` and `kept` `[B, M]`, B >= 1 and M < N."""
+    batch, tokens = assignment.shape
+    place, kept = flat_places(assignment, kept.shape[1]), flat_places(kept, tokens)
+    representative = kept.index_select(0, place)
+    moved = representative != torch.arange(batch * tokens, device=kept.device)
+    sources = _true_places(moved, batch * tokens - kept.shape[0])
+    destinations, order = torch.sort(representative.index_select(0, sources).view(batch, -1), dim=-1, stable=True)
+    return Reduction(sources.view(batch, -1).gather(1, order).flatten(), destinations.flatten(), place, kept)
+
+
+def flat_places(index: Tensor, length: int) -> Tensor:
+    """Turn places `[B, K]` in sequences of `length` into rows `[B * K]` of the flat `[B * length]`."""
+    sample = torch.arange(index.shape[0], device=index.device).unsqueeze(1)
+    return (index + sample * length).flatten()
+
+
+def _true_places(mask: Tensor, count: int) -> Tensor:
+    """Return the places of the `count` true elements; knowing the count, no device has to be waited for."""
+    return torch.nonzero_static(mask, size=count).squeeze(1)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

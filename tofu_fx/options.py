@@ -1,0 +1,134 @@
+"""The options of ``torch.compile(model, backend="tofu", options={...})``: few, typed, validated before any compiling."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from tofu_fx.errors import OptionError
+
+Strategy = Literal["auto", "prune", "mean", "mlerp"]
+
+
+class Options(BaseModel):
+    """Every option, its type and its default. Frozen; unknown keys and wrong types are errors that name the key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
+
+    ratio: float | None = Field(default=None, ge=0, lt=1)
+    """Share of the tokens gone by the last layer, in [0, 1). Default 0.5 (for a ViT of 197 tokens and 12 layers about
+    the paper's r = 8). Spread evenly over the layers."""
+
+    r: int | tuple[int, ...] | None = None
+    """Tokens removed per layer, the paper's notation: one int for all attention sites, or one for each."""
+
+    strategy: Strategy = "auto"
+    """"prune", "mean" or "mlerp" everywhere; "auto" without a calibrated plan prunes in the first half of the layers
+    and merges with MLERP after (arXiv 2312.01026, section 4)."""
+
+    placement: Literal["auto", "stream", "branch"] = "auto"
+    """Where tokens are reduced: "stream" (the residual stream, after the attention's add) is what "auto" takes."""
+
+    proportional_attention: Literal["auto"] | bool = "auto"
+    """Add log(size) to the logits of keys that stand for several tokens. "auto" does wherever sizes exist."""
+
+    plan: Any = None
+    """A :class:`tofu_fx.Plan`, or the path of one; then ``ratio``, ``r`` and ``strategy`` come from it."""
+
+    on_error: Literal["fallback", "raise"] = "fallback"
+    """When a pass fails: compile the untouched graph and warn once, or raise."""
+
+    inner_backend: Literal["inductor", "aot_eager", "eager"] = "inductor"
+    """What compiles the rewritten graph."""
+
+    mode: str | None = None
+    """Inductor's mode ("max-autotune", ...): here because torch.compile refuses ``mode`` beside ``options``."""
+
+    inductor: dict[str, Any] | None = None
+    """Inductor's own options, passed through."""
+
+    @field_validator("ratio", mode="before")
+    @classmethod
+    def _whole_ratio(cls, value: Any) -> Any:
+        return float(value) if type(value) is int else value
+
+    @field_validator("r", mode="before")
+    @classmethod
+    def _listed_r(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Options:
+        given = [key for key in ("ratio", "r", "plan") if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one of {' and '.join(given)}, not both: each decides how many tokens go")
+        if self.plan is not None and self.strategy != "auto":
+            raise ValueError("'strategy' comes from the plan's rows; leave it out or edit the plan")
+        counts = self.r if isinstance(self.r, tuple) else (self.r or 0,)
+        if any(count < 0 for count in counts):
+            raise ValueError(f"'r' must not be negative, got {self.r}")
+        if self.placement == "branch":
+            raise ValueError("placement 'branch' is not built yet; use 'stream' or 'auto'")
+        if self.inner_backend != "inductor" and (self.inductor or self.mode):
+            raise ValueError(f"'mode' and 'inductor' need inner_backend 'inductor', not {self.inner_backend!r}")
+        return self
+
+    @classmethod
+    def parse(cls, options: Options | Mapping[str, Any] | None, mode: str | None = None) -> Options:
+        """Options from what the user passed to torch.compile.
+
+        Raises:
+            OptionError: naming every wrong key, what was expected there and what came.
+        """
+        if isinstance(options, Options):
+            return options
+        values = dict(options or {})
+        if mode is not None:
+            if values.get("mode") not in (None, mode):
+                raise OptionError(f"mode={mode!r} and options['mode']={values['mode']!r} disagree; give one")
+            values["mode"] = mode
+        try:
+            parsed = cls(**values)
+        except ValidationError as error:
+            raise OptionError("; ".join(dict.fromkeys(_explain(e) for e in error.errors()))) from None
+        if parsed.mode is not None:
+            _check_mode(parsed.mode)
+        return parsed
+
+    @property
+    def reduces(self) -> bool:
+        """False when the options ask for no reduction at all: then the graph is not touched."""
+        if self.plan is not None:
+            return True
+        if self.r is not None:
+            return any(self.r) if isinstance(self.r, tuple) else self.r > 0
+        return self.ratio != 0
+
+
+def _explain(error: Any) -> str:
+    key = str(error["loc"][0]) if error["loc"] else ""
+    if error["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(key, Options.model_fields, n=1)
+        meant = f"did you mean {close[0]!r}? " if close else ""
+        return f"unknown option {key!r}; {meant}known: {', '.join(Options.model_fields)}"
+    if not key:
+        return str(error["msg"]).removeprefix("Value error, ")
+    expected = {
+        "ratio": "a number in [0, 1)",
+        "r": "an int or a list of ints, not negative",
+        "proportional_attention": "'auto', True or False",
+        "inductor": "a dict of inductor's options",
+        "mode": "the name of an inductor mode",
+    }.get(key, str(error["msg"]))
+    return f"option {key!r}: expected {expected}, got {error['input']!r}"
+
+
+def _check_mode(mode: str) -> None:
+    from torch._inductor import list_mode_options
+
+    known = ["default", *list_mode_options()]
+    if mode not in known:
+        raise OptionError(f"option 'mode': expected one of {', '.join(dict.fromkeys(known))}, got {mode!r}")

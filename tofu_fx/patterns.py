@@ -1,0 +1,130 @@
+"""What attention looks like: the fused op, and products around a softmax in all their spellings.
+
+    fused     scaled_dot_product_attention(q, k, v)
+    written   softmax( between( q . k^T ) ) -> after -> . v      with matmul, bmm, baddbmm or einsum as the products
+
+``between`` and ``after`` stand for any chain of the ops below: scale, masks, biases, dropout, casts, head mixing.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+from torch.fx import Graph, Node
+
+from tofu_fx.graphs import argument, is_op, tensor_inputs
+from tofu_fx.planning.site import Attention
+
+PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
+_BETWEEN = [
+    "mul",
+    "div",
+    "add",
+    "sub",
+    "rsub",
+    "masked_fill",
+    "where",
+    "to",
+    "_to_copy",
+    "type_as",
+    "contiguous",
+    "clone",
+    "dropout",
+    "clamp",
+    "tanh",
+    "float",
+    "alias",
+    "detach",
+    "permute",
+    "transpose",
+    "linear",
+    "expand",
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "unsqueeze",
+    "squeeze",
+    "copy",
+]
+_FAR = 24  # ops between a product and its softmax; in 77 real models there were at most 9
+
+
+def find_attentions(graph: Graph) -> Iterator[Attention]:
+    """Every attention of a graph in order, whatever its tokens are (windows, channels, cross-attention too)."""
+    for node in graph.nodes:
+        if is_op(node, "scaled_dot_product_attention"):
+            yield _fused(node)
+        elif is_op(node, "softmax", "_softmax"):
+            found = _written(node)
+            if found is not None:
+                yield found
+
+
+def _fused(node: Node) -> Attention:
+    query, key = argument(node, "query"), argument(node, "key")
+    return Attention(node, query, -2, key, -2, -1, causal=bool(argument(node, "is_causal")))
+
+
+def _written(softmax: Node) -> Attention | None:
+    scores = _nearest(softmax.args[0], back=True)  # type: ignore[arg-type]
+    value_product = _nearest(softmax, back=False)
+    if scores is None or value_product is None:
+        return None
+    rank = softmax.meta["val"].dim()
+    dim = int(argument(softmax, "dim")) % rank
+    if dim not in (rank - 1, rank - 2):
+        return None
+    if is_op(scores, "einsum"):
+        return _from_einsum(scores, softmax, dim, value_product)
+    left, right = scores.args[1:3] if is_op(scores, "baddbmm") else scores.args[:2]
+    assert isinstance(left, Node)
+    assert isinstance(right, Node)
+    if dim == rank - 1:  # q [.., L, E] @ k^T [.., E, S]
+        return Attention(value_product, left, -2, right, -1, -2, softmax, dim - rank)
+    return Attention(value_product, right, -1, left, -2, -1, softmax, dim - rank)
+
+
+def _from_einsum(scores: Node, softmax: Node, dim: int, value_product: Node) -> Attention | None:
+    equation, operands = scores.args[0], scores.args[1]
+    if "..." in str(equation) or "->" not in str(equation):
+        return None
+    inputs, output = str(equation).replace(" ", "").split("->")
+    terms = inputs.split(",")
+    if len(terms) != 2 or len(output) != softmax.meta["val"].dim():
+        return None
+    label = output[dim]
+    contracted = [c for c in terms[0] if c in terms[1] and c not in output]
+    keys = [i for i, term in enumerate(terms) if label in term]
+    if len(keys) != 1 or len(contracted) != 1:
+        return None
+    key, query = keys[0], 1 - keys[0]
+    queries = [c for c in output if c in terms[query] and c not in terms[key]]
+    if len(queries) != 1:
+        return None
+    return Attention(
+        value_product,
+        operands[query],  # type: ignore[index, arg-type]
+        terms[query].index(queries[0]),
+        operands[key],  # type: ignore[index, arg-type]
+        terms[key].index(label),
+        terms[key].index(contracted[0]),
+        softmax,
+        dim - len(output),
+    )
+
+
+def _nearest(start: Node, back: bool) -> Node | None:
+    """The nearest product reached through the ops that may stand between it and the softmax."""
+    todo, seen = deque([(start, 0)]), {start}
+    while todo:
+        node, far = todo.popleft()
+        if (is_op(node, *PRODUCTS) and node is not start) or (back and is_op(node, *PRODUCTS)):
+            return node
+        if far > _FAR or not (is_op(node, *_BETWEEN) or (node is start)):
+            continue
+        for other in tensor_inputs(node) if back else node.users:
+            if other not in seen:
+                seen.add(other)
+                todo.append((other, far + 1))
+    return None

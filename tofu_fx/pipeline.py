@@ -1,0 +1,90 @@
+"""THE ordered list of passes, and the runner that owns their timing, checks, logs and errors."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection
+
+from torch.fx import GraphModule
+
+from tofu_fx.compilation import Compilation
+from tofu_fx.errors import PassError, TofuError
+from tofu_fx.graphs import module_path, source_line
+from tofu_fx.options import Options
+from tofu_fx.passes.find_attention import find_attention
+from tofu_fx.passes.find_streams import find_streams
+from tofu_fx.passes.functionalize_inplace import functionalize_inplace
+from tofu_fx.passes.insert_reductions import insert_reductions
+from tofu_fx.passes.lower_to_aten import lower_to_aten
+from tofu_fx.passes.make_polymorphic import make_polymorphic
+from tofu_fx.passes.plan_reductions import plan_reductions
+from tofu_fx.passes.verify import verify
+from tofu_fx.spec import check_spec
+
+logger = logging.getLogger("tofu_fx")
+
+Pass = Callable[[Compilation], None]
+
+#: In order. Each line says why it stands where it stands.
+PASSES: tuple[Pass, ...] = (
+    lower_to_aten,  # first: all that follows knows one vocabulary
+    functionalize_inplace,  # before any analysis: a residual stream changed in place is not a value
+    find_attention,  # needs plain axes only
+    find_streams,  # needs the sites: a stream starts at a site's residual add
+    plan_reductions,  # needs the sites that are left when the streams are known
+    make_polymorphic,  # needs the streams' axes; before anything changes the number of tokens
+    insert_reductions,  # needs the plan, and literals that follow the tokens
+    verify,  # last: proves what the others made
+)
+
+
+def run_pipeline(gm: GraphModule, options: Options, skip: Collection[str] = ()) -> Compilation:
+    """Run the passes over a Dynamo graph (which stays as it is) and return what they found and made.
+
+    Args:
+        gm: a graph from Dynamo, with fake example values on its placeholders.
+        options: parsed options.
+        skip: names of passes to leave out, for experiments.
+
+    Raises:
+        TofuError: from a pass on purpose (an option or plan that does not fit, an unsupported graph).
+        PassError: a pass failed; names the pass, the node and the user's source line.
+    """
+    unknown = set(skip) - {p.__name__ for p in PASSES}
+    if unknown:
+        raise TofuError(f"unknown pass to skip: {', '.join(sorted(unknown))}")
+    compilation = Compilation(gm, options)
+    placeholders = len(gm.graph.find_nodes(op="placeholder"))
+    for run in PASSES:
+        if run.__name__ not in skip:
+            _run(run, compilation, placeholders)
+    return compilation
+
+
+def _run(run: Pass, compilation: Compilation, placeholders: int) -> None:
+    name, compilation.at = run.__name__, None
+    start = time.perf_counter()
+    try:
+        run(compilation)
+        check_spec(compilation.gm, placeholders)
+    except TofuError as error:
+        if type(error) is TofuError:
+            raise PassError(_where(name, compilation, error)) from error
+        raise
+    except Exception as error:
+        raise PassError(_where(name, compilation, error)) from error
+    finally:
+        compilation.seconds[name] = time.perf_counter() - start
+    logger.info("%s: %.3f s, %d nodes", name, compilation.seconds[name], len(compilation.gm.graph.nodes))
+    if logger.isEnabledFor(logging.DEBUG):
+        logger.debug("graph after %s:\n%s", name, compilation.gm.print_readable(print_output=False))
+
+
+def _where(name: str, compilation: Compilation, error: Exception) -> str:
+    node = compilation.at
+    place = ""
+    if node is not None:
+        module = module_path(node)
+        place = f" at node {node.name}{f' in {module}' if module else ''}{source_line(node)}"
+    return f"pass {name} failed{place}: {type(error).__name__}: {error}"

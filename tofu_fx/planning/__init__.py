@@ -1,0 +1,1 @@
+"""Deciding: sites, plans, and the schedule that turns options into numbers."""

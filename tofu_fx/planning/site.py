@@ -1,0 +1,69 @@
+"""What the compiler knows of an attention: how it was recognised, and whether and how tokens are reduced after it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch.fx import Node
+
+from tofu_fx.graphs import source_line
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention in the graph.
+
+    ``key`` has its tokens in dim ``key_tokens`` and the contracted features in dim ``key_features``. ``softmax`` is
+    None for the fused op. ``softmax_dim`` is the dim of the keys in the softmax.
+    """
+
+    node: Node
+    query: Node
+    query_tokens: int
+    key: Node
+    key_tokens: int
+    key_features: int
+    softmax: Node | None = None
+    softmax_dim: int = -1
+    causal: bool = False
+
+
+@dataclass(frozen=True)
+class Decline:
+    """Why a site is left alone, and the node that is the reason."""
+
+    reason: str
+    node: Node
+
+    def __str__(self) -> str:
+        return f"{self.reason}{source_line(self.node)}"
+
+
+@dataclass
+class Site:
+    """An attention at which tokens may be reduced. Either ``decline`` is set, or ``reduce_at`` and what follows are.
+
+    ``tokens``, ``lead`` and ``tail`` are counts in the untouched graph; ``r`` and ``strategy`` are decided by the plan;
+    ``tokens_in`` and ``tokens_out`` are what the rewritten graph has there.
+    """
+
+    id: str
+    module_path: str
+    attention: Attention
+    tokens: int
+    heads: int
+    decline: Decline | None = None
+    reduce_at: Node | None = None
+    lead: int = 0
+    tail: int = 0
+    stream: int = -1
+    strategy: str = "prune"
+    r: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def matched(self) -> bool:
+        """Whether tokens can be reduced here."""
+        return self.decline is None

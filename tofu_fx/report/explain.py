@@ -1,0 +1,205 @@
+"""``tofu_fx.explain``: what the compiler would do with a model, without compiling it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.fx import GraphModule
+
+from tofu_fx.backend import Outcome, rewrite
+from tofu_fx.options import Options
+from tofu_fx.planning.plan import Plan, PlanRow
+from tofu_fx.planning.site import Site
+from tofu_fx.report.flops import count_flops
+
+
+@dataclass
+class SiteRow:
+    """One attention: where it is, what happens there, and the reason where nothing does."""
+
+    graph: int
+    id: str
+    module_path: str
+    heads: int
+    tokens_in: int
+    tokens_out: int
+    strategy: str
+    r: int
+    reason: str
+
+
+@dataclass
+class GraphReport:
+    """One Dynamo graph: its sites, barriers, operations, code before and after, seconds in each pass."""
+
+    outcome: str
+    sites: list[SiteRow]
+    barriers: list[str]
+    before: str
+    after: str
+    flops_before: int
+    flops_after: int
+    seconds: dict[str, float]
+    unknown_ops: dict[str, int]
+    plan_rows: list[PlanRow]
+
+
+@dataclass
+class Explanation:
+    """What the compiler would do. ``print()`` shows it as a table; the fields are there to be read."""
+
+    graphs: list[GraphReport] = field(default_factory=list)
+
+    @property
+    def sites(self) -> list[SiteRow]:
+        """Every attention of every graph."""
+        return [row for graph in self.graphs for row in graph.sites]
+
+    @property
+    def matched(self) -> int:
+        """Sites at which tokens can be reduced."""
+        return sum(not row.reason for row in self.sites)
+
+    @property
+    def declined(self) -> int:
+        """Sites left alone, each with its reason."""
+        return sum(bool(row.reason) for row in self.sites)
+
+    @property
+    def barriers(self) -> list[str]:
+        """The places where tokens must be whole: op, reason and source line."""
+        return [barrier for graph in self.graphs for barrier in graph.barriers]
+
+    @property
+    def flops_before(self) -> int:
+        """Operations (multiply-add = 2) of one call as traced."""
+        return sum(graph.flops_before for graph in self.graphs)
+
+    @property
+    def flops_after(self) -> int:
+        """Operations of one call on fewer tokens; the reduction itself is not counted."""
+        return sum(graph.flops_after for graph in self.graphs)
+
+    @property
+    def tokens_before(self) -> int:
+        """Tokens at the first reduced site (0 where there is none)."""
+        return next((row.tokens_in for row in self.sites if not row.reason), 0)
+
+    @property
+    def tokens_after(self) -> int:
+        """Tokens behind the last reduced site."""
+        return next((row.tokens_out for row in reversed(self.sites) if not row.reason), 0)
+
+    @property
+    def before(self) -> str:
+        """The graphs as readable code, as traced."""
+        return "\n\n".join(graph.before for graph in self.graphs)
+
+    @property
+    def after(self) -> str:
+        """The graphs as readable code, as they would be compiled."""
+        return "\n\n".join(graph.after for graph in self.graphs)
+
+    @property
+    def plan(self) -> Plan:
+        """The decisions as a Plan, to save, edit and pass as ``options={"plan": ...}`` (models of one graph)."""
+        return Plan(sites=[row for graph in self.graphs for row in graph.plan_rows])
+
+    def print(self, console: Console | None = None) -> None:
+        """Print the table, the totals, the barriers and the time of each pass."""
+        console = console or Console()
+        table = Table(title="tofu: attention sites", title_justify="left")
+        for name in ("site", "heads", "tokens", "strategy", "why not"):
+            table.add_column(name, justify="right" if name in ("heads", "tokens") else "left", overflow="fold")
+        for row in self.sites:
+            tokens = str(row.tokens_in) if row.reason else f"{row.tokens_in} → {row.tokens_out}"
+            table.add_row(row.id, str(row.heads), tokens, "" if row.reason else row.strategy, row.reason)
+        console.print(table)
+        for graph in self.graphs:
+            console.print(graph.outcome)
+        ratio = f" ({self.flops_after / self.flops_before:.2f} of plain)" if self.flops_before else ""
+        console.print(
+            f"sites: {self.matched} matched, {self.declined} declined;  tokens: {self.tokens_before} → "
+            f"{self.tokens_after};  FLOPs: {self.flops_before / 1e9:.2f} → {self.flops_after / 1e9:.2f} G{ratio}"
+        )
+        for barrier in self.barriers:
+            console.print(f"whole tokens at {barrier}", markup=False)
+        seconds: dict[str, float] = {}
+        for graph in self.graphs:
+            for name, value in graph.seconds.items():
+                seconds[name] = seconds.get(name, 0.0) + value
+        console.print("passes: " + ", ".join(f"{name} {1e3 * value:.0f} ms" for name, value in seconds.items()))
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        self.print(Console(file=text, width=120))
+        return text.getvalue()
+
+
+def explain(
+    model: Any, *example_inputs: Any, options: Options | Mapping[str, Any] | None = None, **example_kwargs: Any
+) -> Explanation:
+    """Trace ``model(*example_inputs, **example_kwargs)`` and report what ``backend="tofu"`` would do with it.
+
+    The model runs once, eagerly and untouched; nothing is compiled. Grad mode and training mode are the caller's.
+
+    Args:
+        model: a module or function, as for torch.compile.
+        example_inputs: what it is called with.
+        options: the options of the backend.
+
+    Raises:
+        OptionError, PlanError: as the backend would.
+    """
+    parsed = Options.parse(options)
+    explanation = Explanation()
+
+    def collect(gm: GraphModule, _: Any) -> Any:
+        explanation.graphs.append(_report(rewrite(gm, parsed), len(explanation.graphs)))
+        return gm.forward
+
+    torch._dynamo.reset()
+    try:
+        torch.compile(model, backend=collect)(*example_inputs, **example_kwargs)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        raise (error.inner_exception or error) from None
+    finally:
+        torch._dynamo.reset()
+    return explanation
+
+
+def _report(outcome: Outcome, number: int) -> GraphReport:
+    compilation = outcome.compilation
+    if compilation is None or compilation.before is None:
+        return GraphReport(outcome.message, [], [], "", "", 0, 0, {}, {}, [])
+    rows = [
+        PlanRow(id=s.id, module_path=s.module_path, tokens=s.tokens, heads=s.heads, strategy=s.strategy, r=s.r)  # type: ignore[arg-type]
+        for s in compilation.sites
+        if s.matched
+    ]
+    after = compilation.gm if compilation.reducing else compilation.before
+    return GraphReport(
+        outcome.message,
+        [_row(site, number) for site in compilation.sites],
+        [str(barrier) for barrier in compilation.barriers] if compilation.reducing else [],
+        compilation.before.print_readable(print_output=False),
+        after.print_readable(print_output=False),
+        count_flops(compilation.before.graph),
+        count_flops(after.graph),
+        compilation.seconds,
+        compilation.axes.unknown_ops if compilation.axes else {},
+        rows,
+    )
+
+
+def _row(site: Site, number: int) -> SiteRow:
+    reason = str(site.decline) if site.decline else ""
+    into, out = (site.tokens, site.tokens) if site.decline else (site.tokens_in, site.tokens_out)
+    strategy = "" if site.decline else site.strategy if site.r else "none"
+    return SiteRow(number, site.id, site.module_path, site.heads, into, out, strategy, site.r, reason)

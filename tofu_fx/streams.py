@@ -1,0 +1,152 @@
+"""The state of one stream while the graph is rewritten: its versions, and how a tensor gets from one to another.
+
+Version 0 has the tokens that the graph was traced with. Each reduction makes the next version. A tensor that is older
+than what it meets is *rebased* to the newer version; one that must be whole is *restored* to version 0.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+
+import torch
+from torch.fx import Node
+
+from tofu_fx import ops  # noqa: F401 - registers torch.ops.tofu
+from tofu_fx.layout import Emitter, Layout, aten
+from tofu_fx.tokens import Atom, Barrier
+
+tofu = torch.ops.tofu
+
+
+@dataclass(frozen=True)
+class Version:
+    """One reduction, from the version before to this one. All nodes are canonical: ``[B, N, ...]`` over the run.
+
+    ``additive`` says that between the last reduction and this one the stream only had branches added to it, so that
+    what a token was before can be added back when the tokens are restored.
+    """
+
+    strategy: str
+    count: int
+    size_before: Node
+    size: Node
+    assignment: Node
+    kept: Node
+    before: Node
+    merged: Node
+    additive: bool
+
+
+@dataclass
+class Stream:
+    """The versions of one stream. ``run`` is the token atom at its reductions, ``batch`` its batch atoms."""
+
+    run: Atom
+    batch: tuple[Atom, ...]
+    versions: list[Version] = field(default_factory=list)
+    _kept: dict[int, Node] = field(default_factory=dict)
+
+    @property
+    def newest(self) -> int:
+        """Number of reductions so far."""
+        return len(self.versions)
+
+    def count(self, version: int, run: Atom) -> int:
+        """Tokens of a run (which may have other protected tokens than the stream's own) at a version."""
+        now = self.versions[version - 1].count if version else self.run.size
+        return now + run.size - self.run.size
+
+    def reduce(self, emit: Emitter, x: Node, metric: Node, strategy: str, r: int, seed: int, additive: bool) -> Version:
+        """Append the fused node that makes the next version of ``x`` ``[B, N, C]``."""
+        size = self.size(emit, self.newest, x)
+        lead, tail = self.run.lead, self.run.tail
+        if strategy == "permute":
+            fused = emit.call(tofu.permute_tokens.default, x, size, seed, lead, tail)
+        else:
+            fused = emit.call(tofu.fuse_tokens.default, x, metric, size, r, strategy, lead, tail)
+        merged, new_size, assignment, kept = (emit.call(operator.getitem, fused, i) for i in range(4))
+        count = self.count(self.newest, self.run) - (0 if strategy == "permute" else r)
+        version = Version(strategy, count, size, new_size, assignment, kept, x, merged, additive)
+        self.versions.append(version)
+        return version
+
+    def size(self, emit: Emitter, version: int, like: Node) -> Node:
+        """How many original tokens each token stands for, ``[B, N]`` float32."""
+        if version:
+            return self.versions[version - 1].size
+        column = emit.call(aten.select.int, like, 2, 0)
+        return emit.call(aten.ones_like.default, column, dtype=torch.float32)
+
+    def log_size(self, emit: Emitter, version: int, run: Atom, dtype: torch.dtype) -> Node:
+        """The bias of proportional attention: log(size) of a run's tokens, ``[B, N]``."""
+        bias = emit.once(aten.log.default, self.sizes_of(emit, version, run))
+        return bias if dtype == torch.float32 else emit.once(aten.to.dtype, bias, dtype)
+
+    def sizes_of(self, emit: Emitter, version: int, run: Atom) -> Node:
+        """Sizes of the tokens of a run: the stream's own with protected tokens (of size 1) cut off or put on."""
+        size = self.versions[version - 1].size
+        ahead, behind = run.lead - self.run.lead, run.tail - self.run.tail
+        size = self._cut(emit, size, 1, ahead, behind)
+        if ahead > 0 or behind > 0:
+            size = emit.once(aten.constant_pad_nd.default, size, (max(ahead, 0), max(behind, 0)), 1.0)
+        return size
+
+    def kept(self, emit: Emitter, version: int, run: Atom) -> Node:
+        """For each token of a run at a version, the original token (version 0) whose place it holds, ``[B, N]``."""
+        index = self._composed(emit, version)
+        ahead, behind = run.lead - self.run.lead, run.tail - self.run.tail
+        if ahead > 0 or behind > 0:
+            raise Barrier("a table reaches over tokens that joined the stream later")
+        index = self._cut(emit, index, 1, ahead, behind)
+        return emit.once(aten.add.Scalar, index, ahead) if ahead else index
+
+    def _composed(self, emit: Emitter, version: int) -> Node:
+        if version not in self._kept:
+            kept = self.versions[version - 1].kept
+            if version > 1:
+                kept = emit.call(aten.gather.default, self._composed(emit, version - 1), 1, kept)
+            self._kept[version] = kept
+        return self._kept[version]
+
+    def _cut(self, emit: Emitter, node: Node, dim: int, ahead: int, behind: int) -> Node:
+        """Cut protected tokens off the ends of ``dim`` (negative numbers; positive ones are ignored)."""
+        if ahead < 0:
+            node = emit.once(aten.slice.Tensor, node, dim, -ahead, 2**63 - 1)
+        if behind < 0:
+            node = emit.once(aten.slice.Tensor, node, dim, 0, behind)
+        return node
+
+    def trim(self, emit: Emitter, node: Node, run: Atom) -> Node:
+        """A canonical tensor over ``run`` cut to the stream's own run (keys with an extra null token)."""
+        ahead, behind = self.run.lead - run.lead, self.run.tail - run.tail
+        if ahead > 0 or behind > 0:
+            raise Barrier("the keys lack protected tokens that the stream has")
+        return self._cut(emit, node, 1, ahead, behind)
+
+    def rebase(self, emit: Emitter, node: Node, layout: Layout, version: int) -> Node:
+        """Features of the version before -> ``version``, by the same merge."""
+        step = self.versions[version - 1]
+        if layout.atom != self.run:
+            raise Barrier("features over another run of tokens than the stream's meet a newer version")
+        x = layout.to_canonical(emit, node, self.count(version - 1, layout.atom))
+        strategy = "prune" if step.strategy == "permute" else step.strategy
+        x = emit.call(tofu.rebase.default, x, step.size_before, step.assignment, step.kept, strategy)
+        return layout.from_canonical(emit, x, step.count)
+
+    def restore(self, emit: Emitter, node: Node, layout: Layout, version: int, additive: bool) -> Node:
+        """A tensor at ``version`` -> all tokens of version 0.
+
+        Where the stream was additive each token gets its own features from before the reduction plus what its
+        representative has gained since; else a copy of its representative.
+        """
+        if layout.atom != self.run:
+            raise Barrier("tokens beside others that joined the stream later must be whole")
+        x = layout.to_canonical(emit, node, self.count(version, layout.atom))
+        for step in reversed(self.versions[:version]):
+            if additive:
+                x = emit.call(tofu.restore_tokens.default, x, step.assignment, step.before, step.merged)
+            else:
+                x = emit.call(tofu.restore_tokens.default, x, step.assignment)
+            additive = additive and step.additive
+        return layout.from_canonical(emit, x, self.run.size)

@@ -1,0 +1,234 @@
+"""The token-axis algebra: every dimension of every tensor is a product of atoms.
+
+An atom is a run of positions of a *base* axis: ``Atom(base, offset, size)`` covers the positions ``offset`` to
+``offset + size`` of ``base``. Runs make prefix tokens fall out of the algebra instead of being searched for: the
+patches of a ViT are ``Atom(patches, 0, 196)``, and ``cat([class_token, patches])`` is ``Atom(patches, -1, 197)``, so
+that the tokens ahead of position 0 are the prefix, and slicing the prefix off gives the patches back.
+
+A *token base* is the base of a stream whose length the compiler may change. Its position 0 is the first token that
+may be reduced. Positions before it (the lead) and after its ``size`` (the tail) are protected. An atom of a token base
+that covers all the reducible positions is *carried*; one that would cut through them is a barrier.
+
+Sizes here are hints (plain ints) to look at: a symbolic size is never specialised by this module. Code that needs the
+symbol takes it from the graph (``aten.sym_size``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+Kind = Literal["plain", "feature", "token"]
+
+
+class Barrier(Exception):
+    """Raised by a rule when token atoms cannot pass an op; the message is the reason that the user reads."""
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A source axis. Two bases are the same axis only if they are the same object.
+
+    ``kind`` is ``"feature"`` for axes made by a contraction with a weight (so that channel attention, whose "tokens"
+    are features, is told apart), ``"token"`` for the axis of a stream, else ``"plain"``. ``symbolic`` says that the
+    graph keeps the size as a symbol (a dynamic batch), so that it must not be written as a number.
+    """
+
+    name: str
+    size: int
+    kind: Kind = "plain"
+    stream: int = -1
+    symbolic: bool = False
+
+
+@dataclass(frozen=True)
+class Atom:
+    """Positions ``offset .. offset + size`` of ``base``; offset may be negative where rows were added in front."""
+
+    base: Base
+    offset: int
+    size: int
+
+    @property
+    def is_token(self) -> bool:
+        """Whether the atom belongs to a stream whose length may change."""
+        return self.base.kind == "token"
+
+    @property
+    def lead(self) -> int:
+        """Protected tokens ahead of the reducible ones."""
+        return -self.offset
+
+    @property
+    def tail(self) -> int:
+        """Protected tokens behind the reducible ones."""
+        return self.offset + self.size - self.base.size
+
+    def __repr__(self) -> str:
+        shift = f"{self.offset:+d}" if self.offset else ""
+        return f"{self.base.name}{shift}:{self.size}"
+
+
+Dim = tuple[Atom, ...]
+Axes = tuple[Dim, ...]
+
+
+def hint(size: Any) -> int:
+    """The value of an int or SymInt for looking at, without guarding on it. Unbacked symbols raise Barrier."""
+    if isinstance(size, int):
+        return size
+    if isinstance(size, torch.SymInt):
+        value = size.node.hint if size.node.has_hint() else None
+        if value is not None:
+            return int(value)
+    raise Barrier(f"the size {size} is only known at run time")
+
+
+def dim_size(dim: Dim) -> int:
+    """Number of positions of a dimension (1 for the empty product)."""
+    return math.prod(atom.size for atom in dim)
+
+
+def token_atoms(axes: Axes) -> list[Atom]:
+    """The token atoms of a tensor, in order, repeated where a tensor carries the tokens twice."""
+    return [atom for dim in axes for atom in dim if atom.is_token]
+
+
+def token_dim(axes: Axes) -> int:
+    """The one dimension that carries tokens. Raises Barrier where there are none or several."""
+    dims = [i for i, dim in enumerate(axes) if any(atom.is_token for atom in dim)]
+    if len(dims) != 1 or len(token_atoms(axes)) != 1:
+        raise Barrier(f"tokens stand in {len(token_atoms(axes))} places of one tensor")
+    return dims[0]
+
+
+@dataclass
+class Space:
+    """Makes atoms, and remembers how they were derived, so that equal derivations give equal atoms."""
+
+    _derived: dict[Any, Any] = field(default_factory=dict)
+    _whole_of: dict[tuple[Atom, Atom], Atom] = field(default_factory=dict)
+
+    def fresh(self, name: str, size: Any, kind: Kind = "plain") -> Dim:
+        """A new axis of its own; nothing for a dimension of size 1."""
+        value = hint(size)
+        return () if value == 1 else (Atom(Base(name, value, kind, symbolic=not isinstance(size, int)), 0, value),)
+
+    def fresh_axes(self, name: str, shape: Sequence[Any], kind: Kind = "plain") -> Axes:
+        """New axes for every dimension of a shape."""
+        return tuple(self.fresh(f"{name}.{i}", size, kind) for i, size in enumerate(shape))
+
+    def flat(self, dim: Dim) -> Atom | None:
+        """A dimension as one atom: the same product always gives the same atom. None for a dimension of size 1."""
+        if len(dim) <= 1:
+            return dim[0] if dim else None
+        if any(atom.is_token for atom in dim):
+            raise Barrier("tokens are merged with another axis here")
+        if dim not in self._derived:
+            kind: Kind = "feature" if any(atom.base.kind == "feature" for atom in dim) else "plain"
+            symbolic = any(atom.base.symbolic for atom in dim)
+            base = Base("*".join(atom.base.name for atom in dim), dim_size(dim), kind, symbolic=symbolic)
+            self._derived[dim] = Atom(base, 0, base.size)
+        return self._derived[dim]
+
+    def split(self, atom: Atom, outer: int) -> tuple[Atom, Atom]:
+        """An atom as ``outer x inner``. A token atom cannot be split: that is a barrier."""
+        if atom.is_token:
+            raise Barrier(f"the token axis ({atom.size}) is split into {outer} x {atom.size // outer}")
+        key = (atom, outer)
+        if key not in self._derived:
+            name, inner = atom.base.name, atom.size // outer
+            symbolic = atom.base.symbolic
+            pair = tuple(
+                Atom(Base(f"{name}{mark}", size, atom.base.kind, symbolic=symbolic), 0, size)
+                for mark, size in (("/", outer), ("%", inner))
+            )
+            self._derived[key] = pair
+            self._whole_of[pair] = atom  # type: ignore[index]
+        return self._derived[key]
+
+    def join(self, dim: Sequence[Atom]) -> Dim:
+        """Undo splits: where an outer and its inner part stand side by side they are the whole again."""
+        joined: list[Atom] = []
+        for atom in dim:
+            joined.append(atom)
+            while len(joined) > 1 and (joined[-2], joined[-1]) in self._whole_of:
+                joined[-2:] = [self._whole_of[joined[-2], joined[-1]]]
+        return tuple(joined)
+
+    def regroup(self, axes: Axes, shape: Sequence[Any]) -> Axes:
+        """The axes after a view or reshape to ``shape``: factors keep their order, only their grouping changes."""
+        sizes = [hint(size) for size in shape]
+        if 0 in sizes or any(dim_size(dim) == 0 for dim in axes):
+            raise Barrier("an empty tensor cannot be followed through a view")
+        rest = [atom for dim in reversed(axes) for atom in reversed(dim) if atom.size != 1]
+        result: list[Dim] = []
+        for size in sizes:
+            dim: list[Atom] = []
+            while (left := size // dim_size(tuple(dim))) > 1:
+                if not rest:
+                    raise Barrier(f"a view to {sizes} does not follow the axes")
+                atom = rest.pop()
+                if left % atom.size:
+                    common = math.gcd(left, atom.size)
+                    if common != left:
+                        raise Barrier(f"a view to {sizes} cuts across the axes")
+                    atom, inner = self.split(atom, left)
+                    rest.append(inner)
+                dim.append(atom)
+            result.append(self.join(dim))
+        if rest:
+            raise Barrier(f"a view to {sizes} does not follow the axes")
+        return tuple(result)
+
+    def cut(self, dim: Dim, start: int, stop: int, step: int = 1) -> Dim:
+        """Positions ``start .. stop`` of a dimension. Cutting through the reducible tokens of a stream is a barrier."""
+        if (start, stop, step) == (0, dim_size(dim), 1):
+            return dim
+        if stop - start == 1 and not any(atom.is_token for atom in dim):
+            return ()
+        atom = self.flat(dim)
+        assert atom is not None
+        part = Atom(atom.base, atom.offset + start, stop - start)
+        if not atom.is_token:
+            return (part,) if step == 1 else self.fresh(f"{atom.base.name}::{step}", -(-(stop - start) // step))
+        if part.lead >= 0 and part.tail >= 0 and step == 1:
+            return (part,)
+        if stop <= atom.lead or start >= atom.size - atom.tail:
+            return self.fresh("protected", -(-(stop - start) // step))
+        raise Barrier(f"positions {start}:{stop}:{step} of the {atom.size} tokens are taken")
+
+    def concatenate(self, parts: Sequence[tuple[Dim, int, bool]], name: str) -> Dim:
+        """The dimension of a concatenation, from (dimension, size, depends on the input) of each part.
+
+        Runs of one base that follow each other join. Parts that do not depend on the input (class, register and
+        distillation tokens) extend the run of the one that does: they become its lead and tail.
+        """
+        atoms = [self.flat(dim) for dim, _, _ in parts]
+        runs = [i for i, atom in enumerate(atoms) if atom is not None and (atom.is_token or parts[i][2])]
+        if any(atoms[i].is_token for i in runs):  # type: ignore[union-attr]
+            runs = [i for i in runs if atoms[i].is_token]  # type: ignore[union-attr]
+        bases = {atoms[i].base for i in runs}  # type: ignore[union-attr]
+        key = tuple(atom or size for atom, (_, size, _) in zip(atoms, parts, strict=True))
+        total = sum(size for _, size, _ in parts)
+        if len(bases) == 1:
+            ahead = sum(size for _, size, _ in parts[: runs[0]])
+            first = atoms[runs[0]]
+            assert first is not None
+            where = first.offset
+            for i in range(runs[0], runs[-1] + 1):
+                atom = atoms[i]
+                if atom is None or atom.base is not first.base or atom.offset != where:
+                    break
+                where += atom.size
+            else:
+                return (Atom(first.base, first.offset - ahead, total),)
+        if any(atoms[i].is_token for i in runs):  # type: ignore[union-attr]
+            raise Barrier("tokens are concatenated along their own axis with others")
+        if key not in self._derived:
+            self._derived[key] = self.fresh(name, total)
+        return self._derived[key]

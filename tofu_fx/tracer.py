@@ -1,0 +1,187 @@
+"""One walk over an ATen graph that gives every tensor its axes, using the rule table.
+
+The walk serves twice. Without seeds it labels all axes, which is how attention over tokens is told from attention
+over channels or windows. With seeds (the nodes after which a stream may shrink) it follows the token axes of each
+stream and records what is done to them: where they are pooled, and at which barriers they must be whole again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from tofu_fx.graphs import source_line, tensor_inputs
+from tofu_fx.tokens import Atom, Axes, Barrier, Dim, Space, dim_size, hint, token_atoms
+
+Seed = Callable[["AxisTracer", Axes], Axes]
+
+
+@dataclass(frozen=True)
+class BarrierRecord:
+    """Why tokens must be whole at a node.
+
+    ``fatal`` barriers cannot be served by restoring the tokens (a mutation in place, attention weights that leave the
+    graph): the streams that reach them are not reduced at all.
+    """
+
+    node: Node
+    reason: str
+    values: tuple[Node, ...]
+    fatal: bool = False
+
+    def __str__(self) -> str:
+        return (
+            f"{self.node.target if self.node.op != 'output' else 'graph output'}: {self.reason}{source_line(self.node)}"
+        )
+
+
+@dataclass
+class AxisTracer:
+    """The walk and what it found. ``rules`` maps an op to its rule (``tofu_fx.rules.find_rule``)."""
+
+    graph: Graph
+    rules: Callable[[Any], Callable[[AxisTracer, Node], Any] | None]
+    model_state: frozenset[Node] = frozenset()
+    seeds: Mapping[Node, Seed] = field(default_factory=dict)
+    #: softmax nodes over keys and products with values that belong to a recognised attention
+    attention_nodes: frozenset[Node] = frozenset()
+    space: Space = field(default_factory=Space)
+    #: node -> Axes, or a tuple of Axes for an op with several outputs
+    axes: dict[Node, Any] = field(default_factory=dict)
+    depends: set[Node] = field(default_factory=set)
+    barriers: list[BarrierRecord] = field(default_factory=list)
+    #: node -> "mean" | "sum": reductions over tokens that must be weighted by size
+    pools: dict[Node, str] = field(default_factory=dict)
+    unknown_ops: dict[str, int] = field(default_factory=dict)
+    _dropped: bool = False
+
+    def run(self) -> AxisTracer:
+        """Walk the graph once, in order."""
+        for node in self.graph.nodes:
+            if node.op == "output":
+                self._visit_output(node)
+            elif node.op in ("placeholder", "get_attr"):
+                self._visit_source(node)
+            elif node.op == "call_function":
+                self._visit_call(node)
+            seed = self.seeds.get(node)
+            if seed is not None and isinstance(node.meta.get("val"), torch.Tensor):
+                self.axes[node] = seed(self, self.axes[node])
+        return self
+
+    def of(self, value: Any) -> Axes:
+        """Axes of a tensor-valued node; for a Python number, none."""
+        return self.axes[value] if isinstance(value, Node) and value in self.axes else ()
+
+    def tokens(self, node: Node) -> list[Atom]:
+        """Token atoms of a node with one tensor output."""
+        axes = self.axes.get(node, ())
+        return token_atoms(axes) if _is_axes(axes) else [a for part in axes for a in token_atoms(part)]
+
+    def drop(self) -> None:
+        """A rule says: this op may legally lose the token axis (pooling, attention keys, protected tokens)."""
+        self._dropped = True
+
+    def merge(self, dims: Iterable[tuple[Dim, bool]]) -> Dim:
+        """The dimension that results from broadcasting dims (each with: depends on the input)."""
+        present = [(dim, depends) for dim, depends in dims if dim_size(dim) != 1]
+        carried = [dim for dim, _ in present if any(atom.is_token for atom in dim)]
+        if carried:
+            if any(dim != carried[0] for dim in carried):
+                raise Barrier("tokens of different streams or of shifted positions meet")
+            if len(carried[0]) > 1 and len(carried) != len(present):
+                raise Barrier("tokens that are merged with another axis meet a tensor that is not")
+            return carried[0]
+        chosen = next((dim for dim, depends in present if depends), present[0][0] if present else ())
+        return chosen
+
+    def broadcast(self, operands: Iterable[Any], rank: int) -> Axes:
+        """Axes of an elementwise op over operands (nodes; others are ignored), aligned from the right."""
+        nodes = [value for value in operands if isinstance(value, Node) and value in self.axes]
+        columns: list[list[tuple[Dim, bool]]] = [[] for _ in range(rank)]
+        for value in nodes:
+            axes = self.axes[value]
+            for i, dim in enumerate(axes):
+                columns[rank - len(axes) + i].append((dim, value in self.depends))
+        return tuple(self.merge(column) for column in columns)
+
+    def _visit_source(self, node: Node) -> None:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            state = node.op == "get_attr" or node in self.model_state
+            self.axes[node] = self._fresh(node, "feature" if state else "plain")
+            if not state:
+                self.depends.add(node)
+
+    def _visit_call(self, node: Node) -> None:
+        inputs = tensor_inputs(node)
+        if isinstance(node.meta.get("val"), (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return  # a size: what it means for tokens is decided where it is used
+        if any(value in self.depends for value in inputs):
+            self.depends.add(node)
+        carried = {atom for value in inputs for atom in self.tokens(value)}
+        self._dropped = False
+        try:
+            axes = self._apply_rule(node, bool(carried))
+            kept = set(token_atoms(axes) if _is_axes(axes) else [a for part in axes for a in token_atoms(part)])
+            if {a.base for a in carried} - {a.base for a in kept} and not self._dropped:
+                raise Barrier("the op would lose the token axis")
+        except Barrier as barrier:
+            axes = self._fresh(node)
+            if carried:
+                values = tuple(value for value in inputs if self.tokens(value))
+                self.barriers.append(BarrierRecord(node, str(barrier), values, self._is_fatal(node, values)))
+        if axes is not None:
+            self.axes[node] = axes
+
+    def _apply_rule(self, node: Node, carries: bool) -> Any:
+        if getattr(node.target, "_schema", None) is not None and node.target._schema.is_mutable and carries:  # type: ignore[union-attr]
+            raise Barrier("it changes a tensor of tokens in place")
+        rule = self.rules(node.target)
+        if rule is None:
+            if carries:
+                self.unknown_ops[str(node.target)] = self.unknown_ops.get(str(node.target), 0) + 1
+                raise Barrier("no rule says how it carries tokens")
+            return self._fresh(node) or ()
+        axes = rule(self, node)
+        self._check(node, axes)
+        return axes
+
+    def _check(self, node: Node, axes: Any) -> None:
+        """A rule that contradicts the traced shape is a rule that does not hold here."""
+        value = node.meta.get("val")
+        pairs = [(value, axes)] if isinstance(value, torch.Tensor) else zip(value or (), axes, strict=True)
+        for tensor, part in pairs:
+            if isinstance(tensor, torch.Tensor) and [hint(s) for s in tensor.shape] != [dim_size(d) for d in part]:
+                raise Barrier(f"its rule gives {part} for the shape {list(tensor.shape)}")
+
+    def _fresh(self, node: Node, kind: Any = "plain") -> Any:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            return self.space.fresh_axes(node.name, value.shape, kind)
+        if isinstance(value, (tuple, list)):
+            return tuple(
+                self.space.fresh_axes(f"{node.name}.{i}", part.shape, kind) if isinstance(part, torch.Tensor) else ()
+                for i, part in enumerate(value)
+            )
+        return None
+
+    def _is_fatal(self, node: Node, values: tuple[Node, ...]) -> bool:
+        mutates = getattr(node.target, "_schema", None) is not None and node.target._schema.is_mutable  # type: ignore[union-attr]
+        return mutates or any(len(self.tokens(value)) != 1 for value in values)
+
+    def _visit_output(self, node: Node) -> None:
+        for value in tensor_inputs(node):
+            if self.tokens(value):
+                fatal = len(self.tokens(value)) != 1
+                reason = "attention weights are returned" if fatal else "the tokens are returned"
+                self.barriers.append(BarrierRecord(node, reason, (value,), fatal))
+
+
+def _is_axes(axes: Any) -> bool:
+    """Whether this is the Axes of one tensor rather than a tuple of them (a dim holds atoms, an Axes holds dims)."""
+    return all(isinstance(atom, Atom) for dim in axes or () for atom in dim)
