@@ -7,6 +7,7 @@ from tofu_fx.errors import OptionError, PassError, PlanError, TofuError, TofuWar
 from tofu_fx.options import Options
 from tofu_fx.planning.plan import Plan
 from tofu_fx.report.explain import Explanation, explain
+from tofu_fx.report.tokens import token_groups
 
 __all__ = [
     "Explanation",
@@ -18,5 +19,7 @@ __all__ = [
     "TofuError",
     "TofuWarning",
     "Unsupported",
+    "explain",
+    "token_groups",
 ]
 __version__ = "0.1.0"

@@ -101,6 +101,17 @@ def rewrite(gm: GraphModule, options: Options) -> Outcome:
     return Outcome(compilation, message, (*notes, message))
 
 
+def run_once(model: Any, backend: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Trace a model with a backend of one's own and run it once; errors come out as they were raised."""
+    torch._dynamo.reset()
+    try:
+        return torch.compile(model, backend=backend)(*args, **kwargs)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        raise (error.inner_exception or error) from None
+    finally:
+        torch._dynamo.reset()
+
+
 def _inner(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     """What compiles the graph, rewritten or not: the same call either way, so that r = 0 gives the same bits."""
     if options.inner_backend != "inductor":

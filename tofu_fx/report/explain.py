@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch.fx import GraphModule
 
-from tofu_fx.backend import Outcome, rewrite
+from tofu_fx.backend import Outcome, rewrite, run_once
 from tofu_fx.options import Options
 from tofu_fx.planning.plan import Plan, PlanRow
 from tofu_fx.planning.site import Site
@@ -164,13 +163,7 @@ def explain(
         explanation.graphs.append(_report(rewrite(gm, parsed), len(explanation.graphs)))
         return gm.forward
 
-    torch._dynamo.reset()
-    try:
-        torch.compile(model, backend=collect)(*example_inputs, **example_kwargs)
-    except torch._dynamo.exc.BackendCompilerFailed as error:
-        raise (error.inner_exception or error) from None
-    finally:
-        torch._dynamo.reset()
+    run_once(model, collect, example_inputs, example_kwargs)
     return explanation
 
 
