@@ -76,7 +76,7 @@ def _place(site: Site, plain: AxisTracer, order: dict[Node, int]) -> None:
                     )
                 return
             site.decline = Decline(
-                "the tokens of the attention are not those of the residual stream (windows, or a reshape before the add)",
+                "the attention's tokens are not the residual stream's (windows, or a reshape before the add)",
                 node,
             )
             return
@@ -178,6 +178,10 @@ def _assign_stream(site: Site, tracer: AxisTracer) -> None:
         site.decline = Decline("the stream's tokens cannot be followed to this residual add", site.reduce_at)
         return
     site.stream, site.lead, site.tail = atoms[0].base.stream, atoms[0].lead, atoms[0].tail
+    # A symbolic token count is guarded on: another number of tokens is another plan, so it compiles anew.
+    dims = [i for i, dim in enumerate(tracer.of(site.reduce_at)) if atoms[0] in dim]
+    if len(tracer.of(site.reduce_at)[dims[0]]) == 1:
+        int(site.reduce_at.meta["val"].shape[dims[0]])
 
 
 def _has_work(site: Site, tracer: AxisTracer, flow: nx.DiGraph[Node]) -> bool:

@@ -18,7 +18,7 @@ SCORE_DECIMALS = 12
 
 def reference_scores(metric: Tensor, num_prefix: int, num_suffix: int) -> Tensor:
     """Cosine similarity `[B, candidates, partners]` in float64; rows without a usable length score 0."""
-    batch, tokens, features = metric.shape
+    batch, tokens, _ = metric.shape
     free = metric[:, num_prefix : tokens - num_suffix].double()
     unit = torch.zeros_like(free)
     for b in range(batch):
@@ -133,17 +133,15 @@ def reference_rebase(x: Tensor, size: Tensor, assignment: Tensor, kept: Tensor, 
     return reference_apply(x, size, merges, strategy)[0]
 
 
-def merge_error(
-    x: Tensor, size: Tensor, assignment: Tensor, expected: Tensor, strategy: str
-) -> Tensor:
+def merge_error(x: Tensor, size: Tensor, assignment: Tensor, expected: Tensor, strategy: str) -> Tensor:
     """How far, element by element, a result computed in float32 and rounded once may lie from `expected` `[B, M, C]`.
 
     With u = 2^-24 (half of float32's eps) and K members whose largest norm is n:
-    - a share w_k/W costs K roundings, products and sums another K: the mean is off by at most 2K u n;
+    - K products and sums and one division put the mean off by at most (K + 2) u n;
     - a norm is a sum of C squares and a root, (C/2 + 2) u relative at most; two of them, a division and a product give
-      (C + 6) u n, and the mean's own error is stretched by n/|m|;
-    - all of this twice for terms in u^2 and float64's share; then one rounding to x's dtype, where the two may fall on
-      either side: one eps of the value, or the smallest subnormal.
+      (C + 6) u n, and the sum's own error is stretched by n/|m|;
+    - all of this twice, for terms in u^2; then one rounding to x's dtype, where the two may fall on either side: one
+      eps of the value, or the smallest subnormal.
     """
     unit = 2.0**-24
     error = torch.zeros(expected.shape, dtype=torch.float64)
@@ -155,7 +153,7 @@ def merge_error(
                 continue
             members, weights = x[b, group].double(), size[b, group].double()
             largest = float(members.norm(dim=1).max())
-            bound = 2 * count * unit * largest
+            bound = (count + 2) * unit * largest
             if strategy == "mlerp":
                 mean = float(((weights / weights.sum()).unsqueeze(1) * members).sum(0).norm())
                 bound = bound * (largest / mean if mean > 0 else 1.0) + (x.shape[2] + 6) * unit * largest

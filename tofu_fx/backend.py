@@ -139,6 +139,6 @@ def _check_compiler(options: Options, example_inputs: Sequence[Any]) -> None:
     names = [name for name in (wanted if isinstance(wanted, (tuple, list)) else [wanted]) if name]
     if not any(shutil.which(name) for name in [*names, "g++", "clang++", "cl"]):
         raise TofuError(
-            "inductor needs a C++ compiler on CPU and found none: install g++ (Debian: apt-get install g++), or set the "
-            "CXX environment variable, or pass options={'inner_backend': 'aot_eager'} to run without inductor"
+            "inductor needs a C++ compiler on CPU and found none: install g++ (Debian: apt-get install g++), or set "
+            "the CXX environment variable, or pass options={'inner_backend': 'aot_eager'} to run without inductor"
         )

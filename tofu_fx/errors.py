@@ -12,7 +12,7 @@ class OptionError(TofuError, ValueError):
 
 
 class PlanError(TofuError, ValueError):
-    """A plan that cannot be read or does not fit the graph: the message names the file or the first site that differs."""
+    """A plan that cannot be read or does not fit the graph; names the file or the first site that differs."""
 
 
 class PassError(TofuError):

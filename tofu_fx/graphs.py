@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import networkx as nx
@@ -80,3 +81,13 @@ def copy_graph(graph: Graph) -> Graph:
     new = Graph()
     new.output(new.graph_copy(graph, {}))  # type: ignore[arg-type]
     return new
+
+
+def walk_back(node: Node, through: tuple[str, ...]) -> Iterator[Node]:
+    """The node, then its first tensor input, and so on for as long as the ops are among ``through``."""
+    while True:
+        yield node
+        inputs = tensor_inputs(node)
+        if not is_op(node, *through) or not inputs:
+            return
+        node = inputs[0]

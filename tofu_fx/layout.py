@@ -133,7 +133,7 @@ class Layout:
 
 
 def align(emit: Emitter, node: Node, dims: Sequence[Dim], place: int, batch: tuple[Atom, ...]) -> Node:
-    """A per-token tensor ``[B, M]`` so that it broadcasts over a tensor with axes ``dims``, its tokens in dim ``place``.
+    """A per-token tensor ``[B, M]`` shaped to broadcast over a tensor with axes ``dims``, its tokens in dim ``place``.
 
     The batch goes where the batch atoms stand; all other dims are 1 (or expanded where they are merged with the batch).
     """

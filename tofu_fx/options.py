@@ -1,4 +1,4 @@
-"""The options of ``torch.compile(model, backend="tofu", options={...})``: few, typed, validated before any compiling."""
+"""The options of ``torch.compile(model, backend="tofu", options={...})``: few, typed, checked before any compiling."""
 
 from __future__ import annotations
 

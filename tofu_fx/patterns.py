@@ -13,40 +13,16 @@ from collections.abc import Iterator
 
 from torch.fx import Graph, Node
 
-from tofu_fx.graphs import argument, is_op, tensor_inputs
+from tofu_fx.graphs import argument, is_op, tensor_inputs, walk_back
 from tofu_fx.planning.site import Attention
 
 PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
-_BETWEEN = [
-    "mul",
-    "div",
-    "add",
-    "sub",
-    "rsub",
-    "masked_fill",
-    "where",
-    "to",
-    "_to_copy",
-    "type_as",
-    "contiguous",
-    "clone",
-    "dropout",
-    "clamp",
-    "tanh",
-    "float",
-    "alias",
-    "detach",
-    "permute",
-    "transpose",
-    "linear",
-    "expand",
-    "view",
-    "reshape",
-    "_unsafe_view",
-    "unsqueeze",
-    "squeeze",
-    "copy",
-]
+_BETWEEN = tuple(
+    "mul div add sub rsub masked_fill where to _to_copy type_as contiguous clone dropout clamp tanh alias detach "  # noqa: SIM905
+    "permute transpose linear expand view reshape _unsafe_view unsqueeze squeeze copy".split()
+)
+_RESHAPED = ("view", "reshape", "unsqueeze", "squeeze", "expand", "to", "add", "sub", "slice", "select", "permute")
+_NEAR = 64  # nodes of a mask's making that are looked at
 _FAR = 24  # ops between a product and its softmax; in 77 real models there were at most 9
 
 
@@ -62,8 +38,29 @@ def find_attentions(graph: Graph) -> Iterator[Attention]:
 
 
 def _fused(node: Node) -> Attention:
-    query, key = argument(node, "query"), argument(node, "key")
-    return Attention(node, query, -2, key, -2, -1, causal=bool(argument(node, "is_causal")))
+    query, key, mask = (argument(node, name) for name in ("query", "key", "attn_mask"))
+    causal = bool(argument(node, "is_causal")) or (mask is not None and is_causal_mask(mask))
+    return Attention(node, query, -2, key, -2, -1, causal=causal)
+
+
+def is_causal_mask(mask: Node) -> bool:
+    """Whether a mask is made by comparing positions (``tril``, ``triu``, ``arange <= arange``)."""
+    seen, todo = {mask}, [mask]
+    while todo and len(seen) < _NEAR:
+        node = todo.pop()
+        if is_op(node, "tril", "triu", "tril_", "triu_"):
+            return True
+        operands = tensor_inputs(node)
+        if is_op(node, "le", "lt", "ge", "gt") and len(operands) == 2 and all(map(_counts_positions, operands)):
+            return True
+        new = [value for value in operands if value not in seen]
+        seen.update(new)
+        todo += new
+    return False
+
+
+def _counts_positions(node: Node) -> bool:
+    return any(is_op(value, "arange", "cumsum") for value in walk_back(node, _RESHAPED))
 
 
 def _written(softmax: Node) -> Attention | None:
@@ -80,9 +77,10 @@ def _written(softmax: Node) -> Attention | None:
     left, right = scores.args[1:3] if is_op(scores, "baddbmm") else scores.args[:2]
     assert isinstance(left, Node)
     assert isinstance(right, Node)
+    causal = any(is_causal_mask(mask) for mask in _masks(softmax, scores))
     if dim == rank - 1:  # q [.., L, E] @ k^T [.., E, S]
-        return Attention(value_product, left, -2, right, -1, -2, softmax, dim - rank)
-    return Attention(value_product, right, -1, left, -2, -1, softmax, dim - rank)
+        return Attention(value_product, left, -2, right, -1, -2, softmax, dim - rank, causal)
+    return Attention(value_product, right, -1, left, -2, -1, softmax, dim - rank, causal)
 
 
 def _from_einsum(scores: Node, softmax: Node, dim: int, value_product: Node) -> Attention | None:
@@ -111,7 +109,16 @@ def _from_einsum(scores: Node, softmax: Node, dim: int, value_product: Node) -> 
         terms[key].index(contracted[0]),
         softmax,
         dim - len(output),
+        any(is_causal_mask(mask) for mask in _masks(softmax, scores)),
     )
+
+
+def _masks(softmax: Node, scores: Node) -> Iterator[Node]:
+    """What joins the scores on their way to the softmax, other than themselves."""
+    for node in walk_back(softmax.args[0], _BETWEEN):  # type: ignore[arg-type]
+        if node is scores:
+            return
+        yield from (value for value in tensor_inputs(node)[1:] if value is not scores)
 
 
 def _nearest(start: Node, back: bool) -> Node | None:

@@ -119,7 +119,7 @@ def batch_norm(tracer: AxisTracer, node: Node) -> Axes:
 
 
 def reduction(kind: str) -> Rule:
-    """A reduction over dims. Over tokens: "mean" and "sum" are weighted by size, "max" stands for all merged members."""
+    """A reduction over dims. Over tokens "mean" and "sum" are weighted by size; a maximum is that of the tokens left."""
 
     def rule(tracer: AxisTracer, node: Node) -> Axes:
         axes = tracer.of(node.args[0])

@@ -86,7 +86,7 @@ def attention(tracer: AxisTracer, node: Node) -> Axes:
     q, k, v = (tracer.of(argument(node, name)) for name in ("query", "key", "value"))
     if any(atom.is_token for dim in (q[-1], k[-1], v[-1]) for atom in dim):
         raise Barrier("attention between channels: the token axis is contracted")
-    if argument(node, "is_causal") and any(atom.is_token for atom in q[-2] + k[-2]):
+    if node not in tracer.attention_nodes and any(atom.is_token for atom in q[-2] + k[-2]):
         raise Barrier("causal attention")
     if k[-2] != v[-2] and any(atom.is_token for atom in k[-2] + v[-2]):
         raise Barrier("keys and values are different tokens")

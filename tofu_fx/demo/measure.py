@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,7 +66,7 @@ class Variant:
 def make_variants(
     model: nn.Module, strategies: Sequence[str], ratios: Sequence[float], inner_backend: str
 ) -> list[Variant]:
-    """Plain first, then every strategy at every ratio; nothing is compiled before `compile_variant`."""
+    """Plain first, then every strategy at every ratio; nothing is compiled before the first call."""
     plain: Callable[[Tensor], Tensor] = torch.compile(model, backend=inner_backend)
     variants = [Variant(PLAIN, 0.0, inner_backend, plain)]
     for strategy in strategies:
@@ -78,15 +78,25 @@ def make_variants(
 
 
 @torch.no_grad()
-def compile_variant(variant: Variant, model: nn.Module, sample: Tensor) -> None:
-    """Compile by calling it on `sample` and fill in the time that took, the tokens and the operations."""
+def count_work(variants: Sequence[Variant], model: nn.Module, sample: Tensor) -> Iterator[Variant]:
+    """Fill in each variant's tokens and operations, and yield it when it has them.
+
+    To be used up before anything is compiled: `tofu_fx.explain` clears what Dynamo has compiled.
+    """
+    plain, *others = variants
+    for variant in others:
+        explanation = tofu_fx.explain(model, sample, options=variant.options)
+        variant.tokens, variant.flops = explanation.tokens_after, explanation.flops_after / len(sample)
+        plain.tokens, plain.flops = explanation.tokens_before, explanation.flops_before / len(sample)
+        yield variant
+
+
+@torch.no_grad()
+def compile_variant(variant: Variant, sample: Tensor) -> None:
+    """Compile by calling it on `sample`, and keep the time that took."""
     start = time.perf_counter()
     variant.call(sample)
     variant.compile_seconds = time.perf_counter() - start
-    options = variant.options if variant.strategy != PLAIN else {"ratio": 0.0}
-    explanation = tofu_fx.explain(model, sample, options=options)
-    variant.tokens = explanation.tokens_after
-    variant.flops = explanation.flops_after / len(sample)
 
 
 def batches(digits: Digits, size: int) -> list[Tensor]:

@@ -18,7 +18,7 @@ import tofu_fx
 from tofu_fx.demo.data import Digits, load_digits
 from tofu_fx.demo.draw import TokenMap, draw_token_maps
 from tofu_fx.demo.extra import need
-from tofu_fx.demo.measure import PLAIN, Variant, batches, compile_variant, make_variants, run_batch
+from tofu_fx.demo.measure import PLAIN, Variant, batches, compile_variant, count_work, make_variants, run_batch
 from tofu_fx.demo.model import load_model, read_facts
 
 STRATEGIES = ("prune", "mean", "mlerp", "auto")
@@ -75,7 +75,7 @@ def run_demo(settings: Settings, console: Console, progress_console: Console) ->
     inner_backend = "aot_eager" if settings.quick else "inductor"
     with _room_for_variants(), _progress(progress_console) as progress:
         variants = make_variants(model, settings.strategies, settings.ratios, inner_backend)
-        _compile_and_measure(model, variants, test, batch_size, progress)
+        _work(model, variants, test, batch_size, progress)
         task = progress.add_task("drawing which tokens were merged", total=1)
         _draw(settings, model, variants, test)
         progress.advance(task)
@@ -112,14 +112,15 @@ def _introduce(console: Console, model: nn.Module, test: Digits, batch_size: int
     )
 
 
-def _compile_and_measure(
-    model: nn.Module, variants: list[Variant], test: Digits, batch_size: int, progress: Progress
-) -> None:
+def _work(model: nn.Module, variants: list[Variant], test: Digits, batch_size: int, progress: Progress) -> None:
     parts = batches(test, batch_size)
+    task = progress.add_task("counting tokens and operations", total=len(variants) - 1)
+    for _ in count_work(variants, model, parts[0]):
+        progress.advance(task)
     task = progress.add_task("compiling", total=len(variants))
     for variant in variants:
         progress.update(task, description=f"compiling {variant.label}")
-        compile_variant(variant, model, parts[0])
+        compile_variant(variant, parts[0])
         progress.advance(task)
     progress.update(task, description="compiled")
     task = progress.add_task(f"measuring, {len(variants)} variants in turns", total=len(parts))

@@ -70,7 +70,8 @@ def match(metric: Tensor, r: int, num_prefix: int, num_suffix: int) -> Reduction
     candidates, partners = (free + 1) // 2, free // 2
     rows = unit_rows(metric[:, num_prefix : num_prefix + free])
     height = _round_up(candidates, _CANDIDATE_TILE)
-    score = torch.bmm(rows[:, : 2 * height : 2], rows[:, 1::2].transpose(1, 2))
+    with torch.autocast(metric.device.type, enabled=False):
+        score = torch.bmm(rows[:, : 2 * height : 2], rows[:, 1::2].transpose(1, 2))
     score[:, :, partners:] = -torch.inf
     # A maximum with its place is scalar code on CPU. So find plain maxima of blocks first, and look for places only in
     # the r winning blocks. The first best block, and the first best inside it, are the first best of all.

@@ -101,39 +101,39 @@ def reduce_rows(
     """
     x, size = x.contiguous(), size.contiguous()
     groups = Groups.of(reduction, padded)
-    total, share = _shares(size, groups)
+    weight, total = _weights(size, groups)
     place = reduction.place.index_select(0, groups.target)
     new_size = size.index_select(0, reduction.kept)
     groups.write(new_size, place, total)
     new_x = x.index_select(0, reduction.kept)
     if strategy == "mean":
-        groups.write(new_x, place, _mean(x, share, groups))
+        groups.write(new_x, place, _mean(x, weight, total, groups))
     elif strategy == "mlerp":
-        groups.write(new_x, place, _mlerp(x, share, groups))
+        groups.write(new_x, place, _mlerp(x, weight, groups))
     return new_x, new_size
 
 
 def mlerp_gradient(grad: Tensor, x: Tensor, size: Tensor, reduction: Reduction, padded: bool | None = None) -> Tensor:
     """Return the gradient `[B * N, C]` of MLERP with respect to x, for `grad` `[B * M, C]`.
 
-    With m the weighted mean, u = m/|m| and n = |x_k*| the largest member norm, y = n u. So a member k gets
-    w_k/W n/|m| (g - (g.u) u), and the member k* which sets the norm gets (g.u) x_k*/n besides. Where |m| = 0, y = x_k*.
+    With s the weighted sum, u = s/|s| and n = |x_k*| the largest member norm, y = n u. So a member k gets
+    w_k n/|s| (g - (g.u) u), and the member k* which sets the norm gets (g.u) x_k*/n besides. Where |s| = 0, y = x_k*.
     """
     groups = Groups.of(reduction, padded)
-    _, share = _shares(size, groups)
     rows = x.index_select(0, groups.member).to(_wide(x.dtype))
-    mean = groups.sum(rows, weights=share.to(rows.dtype))
+    weight = size.index_select(0, groups.member).to(rows.dtype)
+    summed = groups.sum(rows, weights=weight)
     largest, chosen = _largest(rows, groups)
-    length = torch.linalg.vector_norm(mean, dim=1)
+    length = torch.linalg.vector_norm(summed, dim=1)
     zero = (length == 0).unsqueeze(1)
     spread = grad.index_select(0, reduction.place)
     g = spread.index_select(0, groups.target).to(rows.dtype)
-    unit = mean / length.unsqueeze(1)
+    unit = summed / length.unsqueeze(1)
     along = (g * unit).sum(1, keepdim=True)
-    by_mean = torch.where(zero, 0.0, (largest / length).unsqueeze(1) * (g - along * unit))
+    by_sum = torch.where(zero, 0.0, (largest / length).unsqueeze(1) * (g - along * unit))
     by_norm = torch.where(zero, g, along * x.index_select(0, chosen) / largest.unsqueeze(1))
     sets_norm = (chosen.index_select(0, groups.group) == groups.member).unsqueeze(1)
-    values = share.unsqueeze(1) * by_mean.index_select(0, groups.group)
+    values = weight.unsqueeze(1) * by_sum.index_select(0, groups.group)
     values += torch.where(sets_norm, by_norm.index_select(0, groups.group), 0.0)
     groups.write_members(spread, values.to(grad.dtype))
     return spread
@@ -143,26 +143,28 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _shares(size: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
-    """Return the size `[G]` of each group, and each member's share `[L]` of it."""
-    sizes = size.index_select(0, groups.member)
-    total = groups.sum(sizes.unsqueeze(1)).squeeze(1)
-    return total, sizes / total.index_select(0, groups.group)
+def _weights(size: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
+    """Return the size of each member `[L]` and of each group `[G]`."""
+    weight = size.index_select(0, groups.member)
+    return weight, groups.sum(weight.unsqueeze(1)).squeeze(1)
 
 
-def _mean(x: Tensor, share: Tensor, groups: Groups) -> Tensor:
+def _mean(x: Tensor, weight: Tensor, total: Tensor, groups: Groups) -> Tensor:
     dtype = _wide(x.dtype)
     if x.dtype == dtype:
-        return groups.sum(x, groups.member, share.to(dtype))
-    return groups.sum(x.index_select(0, groups.member).to(dtype), weights=share).to(x.dtype)
+        summed = groups.sum(x, groups.member, weight.to(dtype))
+    else:
+        summed = groups.sum(x.index_select(0, groups.member).to(dtype), weights=weight)
+    return summed.div_(total.unsqueeze(1)).to(x.dtype)
 
 
-def _mlerp(x: Tensor, share: Tensor, groups: Groups) -> Tensor:
+def _mlerp(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
     rows = x.index_select(0, groups.member).to(_wide(x.dtype))
-    mean = groups.sum(rows, weights=share.to(rows.dtype))
+    # The sum has the direction of the mean. Weights are whole numbers as a rule, so members that cancel do so exactly.
+    summed = groups.sum(rows, weights=weight.to(rows.dtype))
     largest, chosen = _largest(rows, groups)
-    length = torch.linalg.vector_norm(mean, dim=1)
-    values = mean.mul_((largest / length).unsqueeze(1)).to(x.dtype)
+    length = torch.linalg.vector_norm(summed, dim=1)
+    values = summed.mul_((largest / length).unsqueeze(1)).to(x.dtype)
     zero = length == 0
     if groups.padded or zero.any():
         values = torch.where(zero.unsqueeze(1), x.index_select(0, chosen), values)
@@ -170,7 +172,7 @@ def _mlerp(x: Tensor, share: Tensor, groups: Groups) -> Tensor:
 
 
 def _largest(rows: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
-    """Return the largest norm `[G]` among the members' rows `[L, C]`, and the member `[G]` that has it (ties: first)."""
+    """Return each group's largest norm `[G]` among rows `[L, C]`, and the member `[G]` that has it (ties: first)."""
     norm = torch.linalg.vector_norm(rows, dim=1)
     largest = norm.index_select(0, groups.start).scatter_reduce_(0, groups.group, norm, "amax")
     # A NaN norm equals nothing and keeps the destination; the result is NaN whichever member it is.

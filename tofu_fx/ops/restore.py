@@ -36,7 +36,9 @@ def restore_tokens(x: Tensor, assignment: Tensor, before: Tensor | None = None, 
     return torch.ops.tofu.restore_tokens(x, assignment, before, merged)
 
 
-def _restore_tokens(x: Tensor, assignment: Tensor, before: Tensor | None = None, merged: Tensor | None = None) -> Tensor:
+def _restore_tokens(
+    x: Tensor, assignment: Tensor, before: Tensor | None = None, merged: Tensor | None = None
+) -> Tensor:
     if (before is None) != (merged is None):
         missing = "before" if before is None else "merged"
         raise ValueError(f"restore_tokens: before and merged belong together, but {missing} is missing")

@@ -1,4 +1,4 @@
-"""A Plan: for every attention site how many tokens go, and how. JSON that can be saved, read, edited and passed back."""
+"""A Plan: for every attention site how many tokens go, and how. JSON to save, read, edit and pass back."""
 
 from __future__ import annotations
 

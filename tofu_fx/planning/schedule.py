@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from tofu_fx.errors import OptionError
@@ -55,7 +56,7 @@ def _wanted(members: Sequence[Site], matched: Sequence[Site], options: Options, 
 def spread(tokens: int, ratio: float, layers: int) -> list[int]:
     """Tokens to remove at each of ``layers`` so that ``round(ratio * tokens)`` are gone after the last, evenly."""
     gone = [round(ratio * tokens * depth / layers) for depth in range(layers + 1)]
-    return [b - a for a, b in zip(gone, gone[1:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(gone)]
 
 
 def _strategy(options: Options, depth: int, layers: int) -> str:

@@ -1,0 +1,38 @@
+"""Hypothesis profiles, and which tests belong on one worker."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+_SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+settings.register_profile("ci", max_examples=40, deadline=None, derandomize=True, suppress_health_check=_SLOW)
+settings.register_profile("nightly", max_examples=2000, deadline=None, suppress_health_check=_SLOW)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Any:
+    """No compiled code or recompile limit of one test reaches another; the thread count is the caller's."""
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests that share a compiled model (same file, same parameter) run on the same worker, so it compiles once."""
+    if config.getvalue("dist") != "load":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByModel(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            shared = re.match(r"(.*test_models\.py)::.*\[([^\]]*)\]$", nodeid)
+            return "-".join(shared.groups()) if shared else nodeid
+
+    return ByModel(config, log)
