@@ -107,7 +107,7 @@ def _joins_residual(node: Node, reached: set[Node], query: Node, plain: AxisTrac
     seen, todo = {query}, [query]
     while todo and len(seen) < _FAR:
         for value in todo.pop().all_input_nodes:
-            if value in roots and value.op != "placeholder":
+            if value in roots and value in plain.depends:
                 return True
             if value not in seen and value.op == "call_function":
                 seen.add(value)

@@ -8,11 +8,11 @@ After:  ``%y = add(%x, %branch)``; ``%z = tofu.fuse_tokens(%y, mean of keys over
 
 from __future__ import annotations
 
-import torch
 from torch.fx import Graph, GraphModule, Node
 
 from tofu_fx.compilation import Compilation
 from tofu_fx.graphs import LITERAL, tensor_inputs
+from tofu_fx.inputs import InputFakes
 from tofu_fx.layout import Emitter
 from tofu_fx.planning.site import Decline
 from tofu_fx.rewriter import Rewriter
@@ -27,6 +27,7 @@ def insert_reductions(compilation: Compilation) -> None:
     while compilation.reducing:
         try:
             compilation.gm = GraphModule(compilation.gm, _write(compilation))
+            compilation.token_counts = [site.tokens_out for site in compilation.reducing if compilation.shared_kernels]
             return
         except Barrier as barrier:
             _give_up(compilation, str(barrier))
@@ -34,18 +35,19 @@ def insert_reductions(compilation: Compilation) -> None:
 
 def _write(compilation: Compilation) -> Graph:
     old, new = compilation.gm.graph, Graph()
-    values = [node.meta.get("val") for node in old.find_nodes(op="placeholder")]
-    fake_mode = next(v.fake_mode for v in values if isinstance(v, torch._subclasses.FakeTensor))
-    rewriter = Rewriter(compilation, Emitter(new, fake_mode))
+    inputs = InputFakes(compilation)
+    rewriter = Rewriter(compilation, Emitter(new, inputs.fake_mode))
+    for node in old.find_nodes(op="placeholder"):
+        rewriter.env[node, 0] = inputs.copy(new, node)
+    counts = {site.reduce_at: inputs.token_count(new, site) for site in compilation.reducing}
     reductions = {site.reduce_at: (number, site) for number, site in enumerate(compilation.reducing)}
     barriers = {barrier.node for barrier in compilation.barriers}
     for node in old.nodes:
         compilation.at = node
-        if node.op in ("placeholder", "get_attr"):
-            rewriter.env[node, 0] = new.node_copy(node)
-            rewriter.env[node, 0].meta = dict(node.meta)
-            if hasattr(node, "_dynamo_source"):
-                rewriter.env[node, 0]._dynamo_source = node._dynamo_source
+        if node.op == "placeholder":
+            continue
+        if node.op == "get_attr":
+            rewriter.env[node, 0] = inputs.copy(new, node)
         elif node.op == "output":
             new.output(rewriter.write_whole(node))
         elif node in barriers:
@@ -54,7 +56,7 @@ def _write(compilation: Compilation) -> Graph:
             rewriter.write(node)
         if node in reductions:
             number, site = reductions[node]
-            rewriter.reduce(site, seed=number)
+            rewriter.reduce(site, counts[node], seed=number)
     new.eliminate_dead_code()
     new.lint()
     return new

@@ -13,6 +13,7 @@ from torch.fx import Interpreter, Node
 
 from tofu_fx.compilation import Compilation
 from tofu_fx.errors import TofuError
+from tofu_fx.inputs import fake_mode_of
 from tofu_fx.tokens import hint
 
 
@@ -34,7 +35,7 @@ def verify(compilation: Compilation) -> None:
     """Raise TofuError where an output is not what was traced."""
     gm = compilation.gm
     fakes = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
-    fake_mode = next(fake.fake_mode for fake in fakes if isinstance(fake, torch._subclasses.FakeTensor))
+    fake_mode = fake_mode_of(gm)
     interpreter = _Checked(gm)
     interpreter.compilation = compilation
     with torch._guards.tracing(None), fake_mode:

@@ -83,7 +83,7 @@ def permutation_plan(compilation: Compilation) -> Plan:
 class Study:
     """One model, traced once: for each variant the outcome of each graph, and the outputs of the same call.
 
-    ``polymorphic`` and ``permute`` are always there; "plain" is the traced graph as Dynamo gave it.
+    "plain" is the traced graph as Dynamo gave it; with proofs there are "polymorphic" and "permute" too.
     """
 
     outputs: dict[str, Any] = field(default_factory=dict)
@@ -130,6 +130,7 @@ def study(
         return lambda *inputs: graphs[chosen["name"]](*inputs)
 
     torch._dynamo.reset()
+    model(*args, **kwargs)  # what a model caches in its first call would be a reason to trace it again in the second
     call = torch.compile(model, backend=backend)
     for name in ["plain", *variants, *(["polymorphic", "permute"] if proofs else [])]:
         chosen["name"] = name

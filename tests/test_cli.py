@@ -111,4 +111,4 @@ def test_quick_demo_prints_the_table_and_writes_the_picture(
     shown = capsys.readouterr()
     assert code == 0, shown.err
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert all(word in shown.out for word in ("plain aot_eager", "mlerp", "prune", "accuracy", "images/s", "GFLOPs"))
+    assert all(word in shown.out for word in ("Plain aot_eager", "mlerp", "prune", "accuracy", "images/s", "GFLOPs"))

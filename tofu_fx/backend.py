@@ -11,13 +11,14 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import GraphModule
 
 from tofu_fx.compilation import Compilation
 from tofu_fx.errors import OptionError, PassError, PlanError, TofuError, TofuWarning, Unsupported
+from tofu_fx.inputs import carry_over, fake_mode_of
 from tofu_fx.options import Options
 from tofu_fx.pipeline import run_pipeline
 
@@ -51,11 +52,20 @@ def tofu(
     _check_compiler(parsed, example_inputs)
     if not parsed.reduces:
         return _inner(gm, example_inputs, parsed)
-    outcome = rewrite(gm, parsed)
+    outcome = rewrite(gm, parsed, shared_kernels=parsed.inner_backend == "inductor")
     for message in outcome.warnings:
         warnings.warn(f"tofu_fx: {message}", TofuWarning, stacklevel=2)
-    reduced = outcome.compilation is not None and bool(outcome.compilation.reducing)
-    return _inner(outcome.compilation.gm if reduced else gm, example_inputs, parsed)  # type: ignore[union-attr]
+    compilation = outcome.compilation
+    if compilation is None or not compilation.reducing:
+        return _inner(gm, example_inputs, parsed)
+    carry_over(gm, compilation.gm)
+    if not compilation.shared_kernels:
+        return _inner(compilation.gm, example_inputs, parsed)
+    fakes = [node.meta["val"] for node in compilation.gm.graph.find_nodes(op="placeholder")]
+    with torch._guards.tracing(torch._guards.TracingContext(fake_mode_of(compilation.gm))):
+        run = _inner(compilation.gm, fakes, parsed)
+    counts = compilation.token_counts
+    return lambda *args: run(*args, *counts)
 
 
 @dataclass(frozen=True)
@@ -67,14 +77,14 @@ class Outcome:
     warnings: tuple[str, ...] = ()
 
 
-def rewrite(gm: GraphModule, options: Options) -> Outcome:
+def rewrite(gm: GraphModule, options: Options, shared_kernels: bool = False) -> Outcome:
     """Run the pipeline over a Dynamo graph, which stays as it is.
 
     Raises:
         OptionError, PlanError: always. PassError: if ``on_error`` is "raise".
     """
     try:
-        compilation = run_pipeline(gm, options)
+        compilation = run_pipeline(gm, options, shared_kernels=shared_kernels)
     except (OptionError, PlanError):
         raise
     except Unsupported as reason:
@@ -125,7 +135,8 @@ def _inner(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> 
     for key in patches:
         if key.replace("-", "_") not in known:
             raise OptionError(f"option 'inductor': {key!r} is not one of inductor's options")
-    return compile_fx(gm, list(example_inputs), config_patches={k.replace("-", "_"): v for k, v in patches.items()})
+    patches = {key.replace("-", "_"): value for key, value in patches.items()}
+    return cast("Callable[..., Any]", compile_fx(gm, list(example_inputs), config_patches=patches))
 
 
 def _check_compiler(options: Options, example_inputs: Sequence[Any]) -> None:

@@ -32,6 +32,10 @@ class Compilation:
     axes: AxisTracer | None = None
     #: places where tokens must be whole (find_streams)
     barriers: list[BarrierRecord] = field(default_factory=list)
+    #: whether token counts are inputs of the rewritten graph, so that layers share their kernels (the backend)
+    shared_kernels: bool = False
+    #: what is passed for those inputs, behind the traced ones (insert_reductions)
+    token_counts: list[int] = field(default_factory=list)
     #: the node being worked on, for the message if a pass fails
     at: Node | None = None
     #: pass name -> seconds (the runner)

@@ -79,7 +79,7 @@ def source_line(node: Node) -> str:
 def copy_graph(graph: Graph) -> Graph:
     """A copy of a graph, node by node, with its metadata."""
     new = Graph()
-    new.output(new.graph_copy(graph, {}))  # type: ignore[arg-type]
+    new.output(new.graph_copy(graph, {}))
     return new
 
 

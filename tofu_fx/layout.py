@@ -7,6 +7,7 @@ The operators work on ``[B, N, F]``: all batch axes in one, the tokens, everythi
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,9 +16,12 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from tofu_fx.tokens import Atom, Axes, Barrier, Dim, hint
+from tofu_fx.tokens import Atom, Axes, Barrier, Dim
 
 aten = torch.ops.aten
+
+#: a number of tokens: known, or the node that has it where one kernel is to serve several numbers
+Count = int | Node
 
 
 @dataclass
@@ -46,6 +50,12 @@ class Emitter:
             self._memo[key] = self.call(target, *args, **kwargs)
         return self._memo[key]
 
+    def arithmetic(self, op: Any, left: Count, right: Count) -> Count:
+        """``left op right``, as a number where both are known."""
+        if isinstance(left, int) and isinstance(right, int):
+            return int(op(left, right))
+        return self.once(op, left, right)
+
     def copy(self, node: Node, mapping: Any) -> Any:
         """Append a copy of a node of another graph with mapped inputs; its fake value is computed anew."""
         args, kwargs = map_arg(node.args, mapping), map_arg(node.kwargs, mapping)
@@ -69,13 +79,18 @@ class Emitter:
                     node.meta[key] = self.origin.meta[key]
 
 
-def _sizes(dims: Sequence[Sequence[Atom]], count: int) -> list[int]:
+def _sizes(emit: Emitter, dims: Sequence[Sequence[Atom]], count: Count) -> list[Count]:
     """A shape for dims given as atoms: the token axis has ``count`` positions now, the one symbolic dim is -1."""
-    sizes = []
+    sizes: list[Count] = []
     for dim in dims:
-        symbolic = any(atom.base.symbolic and not atom.is_token for atom in dim)
-        sizes.append(-1 if symbolic else math.prod(count if atom.is_token else atom.size for atom in dim))
-    if sizes.count(-1) > 1:
+        beside = math.prod(atom.size for atom in dim if not atom.is_token)
+        if any(atom.base.symbolic and not atom.is_token for atom in dim):
+            sizes.append(-1)
+        elif all(not atom.is_token for atom in dim):
+            sizes.append(beside)
+        else:
+            sizes.append(count if beside == 1 else emit.arithmetic(operator.mul, count, beside))
+    if sum(isinstance(size, int) and size == -1 for size in sizes) > 1:
         raise Barrier("several symbolic axes in one tensor of tokens")
     return sizes
 
@@ -93,29 +108,29 @@ class Layout:
         """The token atom of the chosen dim."""
         return next(atom for atom in self.axes[self.tokens] if atom.is_token)
 
-    def to_canonical(self, emit: Emitter, node: Node, count: int) -> Node:
+    def to_canonical(self, emit: Emitter, node: Node, count: Count) -> Node:
         """Append what brings a tensor with these axes and ``count`` tokens to ``[B, N, F]``."""
         flat, order = self._flat(), self._order()
         rest = order[len(self.batch) + 1 :]
         if order == sorted(order) and len(self.batch) == len(rest) == 1 and len(self.axes) == 3:
             return node
         if any(len(dim) != 1 for dim in self.axes):
-            node = emit.call(aten.reshape.default, node, _sizes([(atom,) for atom in flat], count))
+            node = emit.call(aten.reshape.default, node, _sizes(emit, [(atom,) for atom in flat], count))
         if order != sorted(order):
             node = emit.call(aten.permute.default, node, order)
         dims = [[flat[i] for i in part] for part in (order[: len(self.batch)], [order[len(self.batch)]], rest)]
-        return emit.call(aten.reshape.default, node, _sizes(dims, count))
+        return emit.call(aten.reshape.default, node, _sizes(emit, dims, count))
 
-    def from_canonical(self, emit: Emitter, node: Node, count: int) -> Node:
+    def from_canonical(self, emit: Emitter, node: Node, count: Count) -> Node:
         """The inverse of ``to_canonical``, for a tensor that now has ``count`` tokens."""
         flat, order = self._flat(), self._order()
         if order == sorted(order) and len(self.batch) == 1 and len(order) == 3 and len(self.axes) == 3:
             return node
-        node = emit.call(aten.reshape.default, node, _sizes([(flat[i],) for i in order], count))
+        node = emit.call(aten.reshape.default, node, _sizes(emit, [(flat[i],) for i in order], count))
         if order != sorted(order):
             node = emit.call(aten.permute.default, node, [order.index(i) for i in range(len(order))])
         if any(len(dim) != 1 for dim in self.axes):
-            node = emit.call(aten.reshape.default, node, _sizes(self.axes, count))
+            node = emit.call(aten.reshape.default, node, _sizes(emit, self.axes, count))
         return node
 
     def _flat(self) -> list[Atom]:
@@ -140,10 +155,10 @@ def align(emit: Emitter, node: Node, dims: Sequence[Dim], place: int, batch: tup
     found = [atom for i, dim in enumerate(dims) for atom in dim if atom in batch and i != place]
     if found != list(batch):
         raise Barrier("the batch of this tensor cannot be lined up with the stream's")
-    count = hint(node.meta["val"].shape[1])
-    split: list[int] = []
+    count = emit.once(aten.sym_size.int, node, 1)
+    split: list[Count] = []
     full: list[int] = []
-    merged: list[int] = []
+    merged: list[Count] = []
     for i, dim in enumerate(dims):
         if i == place:
             split, full, merged = [*split, count], [*full, -1], [*merged, count]
@@ -154,7 +169,7 @@ def align(emit: Emitter, node: Node, dims: Sequence[Dim], place: int, batch: tup
             full.append(-1 if atom in batch else atom.size)
         if not mixed:
             split, full = [*split, 1], [*full, -1]
-        merged.append(_sizes([dim], 0)[0] if mixed else 1)
+        merged.append(_sizes(emit, [dim], 0)[0] if mixed else 1)
     node = emit.once(aten.view.default, node, tuple(split))
     if any(size != -1 for size in full):
         node = emit.call(aten.expand.default, node, full)

@@ -39,13 +39,16 @@ PASSES: tuple[Pass, ...] = (
 )
 
 
-def run_pipeline(gm: GraphModule, options: Options, skip: Collection[str] = ()) -> Compilation:
+def run_pipeline(
+    gm: GraphModule, options: Options, skip: Collection[str] = (), shared_kernels: bool = False
+) -> Compilation:
     """Run the passes over a Dynamo graph (which stays as it is) and return what they found and made.
 
     Args:
         gm: a graph from Dynamo, with fake example values on its placeholders.
         options: parsed options.
         skip: names of passes to leave out, for experiments.
+        shared_kernels: make token counts inputs of the rewritten graph (see ``tofu_fx.inputs``).
 
     Raises:
         TofuError: from a pass on purpose (an option or plan that does not fit, an unsupported graph).
@@ -54,7 +57,7 @@ def run_pipeline(gm: GraphModule, options: Options, skip: Collection[str] = ()) 
     unknown = set(skip) - {p.__name__ for p in PASSES}
     if unknown:
         raise TofuError(f"unknown pass to skip: {', '.join(sorted(unknown))}")
-    compilation = Compilation(gm, options)
+    compilation = Compilation(gm, options, shared_kernels=shared_kernels)
     placeholders = len(gm.graph.find_nodes(op="placeholder"))
     for run in PASSES:
         if run.__name__ not in skip:
@@ -67,7 +70,7 @@ def _run(run: Pass, compilation: Compilation, placeholders: int) -> None:
     start = time.perf_counter()
     try:
         run(compilation)
-        check_spec(compilation.gm, placeholders)
+        check_spec(compilation.gm, placeholders + len(compilation.token_counts))
     except TofuError as error:
         if type(error) is TofuError:
             raise PassError(_where(name, compilation, error)) from error

@@ -7,18 +7,21 @@ on whole tokens) is simply appended where it is first needed.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from tofu_fx.companions import Companions, scores_dims
 from tofu_fx.compilation import Compilation
 from tofu_fx.graphs import LITERAL, argument, is_op, tensor_inputs
-from tofu_fx.layout import Emitter, Layout, align, aten
+from tofu_fx.layout import Count, Emitter, Layout, align, aten
 from tofu_fx.planning.site import Site
 from tofu_fx.streams import Stream
-from tofu_fx.tokens import Atom, Axes, Barrier, Dim, dim_size, hint, token_atoms, token_dim
+from tofu_fx.tokens import Atom, Axes, Barrier, hint, token_atoms, token_dim
+from tofu_fx.tracer import AxisTracer
 
 _SAME = ("contiguous", "clone", "alias", "detach", "lift_fresh")
 _ROW_WISE = [
@@ -62,12 +65,16 @@ class Rewriter:
     native: dict[Node, int] = field(default_factory=dict)
     #: nodes that are the residual stream since its last reduction, with nothing but additions in between
     chain: set[Node] = field(default_factory=set)
-    _companions: dict[Any, Node] = field(default_factory=dict)
 
     @property
-    def tracer(self) -> Any:
+    def tracer(self) -> AxisTracer:
         """The old graph's axes."""
         return self.compilation.traced
+
+    @cached_property
+    def companions(self) -> Companions:
+        """What follows the streams without being part of them."""
+        return Companions(self.tracer, self.emit, self.streams, self.env)
 
     def stream_of(self, node: Node) -> Stream | None:
         """The stream that a node carries, once that stream has been reduced; else None."""
@@ -139,7 +146,7 @@ class Rewriter:
             number = self._number(value)
             newest[number] = max(newest.get(number, 0), self.native.get(value, 0))
         mapping: dict[Any, Any] = {value: self.at(value, newest[self._number(value)]) for value in carried}
-        mapping.update(self._rebased_companions(node, newest))
+        mapping.update(self.companions.rebased(node, newest))
         if node in self.tracer.pools:
             mapping[node.args[0]] = self._weighted(node, mapping[node.args[0]], newest)
         self._propose_bias(node, mapping, newest)
@@ -198,65 +205,7 @@ class Rewriter:
         recast = is_op(node, "to") and node.meta["val"].dtype == inputs[0].meta["val"].dtype
         return is_op(node, *_SAME) or unchanged or recast
 
-    # ---- what meets tokens -----------------------------------------------------------------------------------------
-
-    def _rebased_companions(self, node: Node, newest: dict[int, int]) -> dict[Node, Any]:
-        """Operands indexed by token that are not part of the stream: tables, masks, biases, features from before it."""
-        mapping: dict[Node, Any] = {}
-        for value in tensor_inputs(node):
-            if self.stream_of(value) is not None or not isinstance(value.meta["val"], torch.Tensor):
-                continue
-            dims = consumer_dims(self.tracer, node, value)
-            places = self._places(value, dims)
-            if places:
-                version = newest[dims[places[0]][0].base.stream]
-                mapping[value] = self._gathered(value, dims, places, version)
-        return mapping
-
-    def _places(self, value: Node, dims: tuple[Dim, ...]) -> list[int]:
-        """The dims of an operand that are indexed by the tokens of what it meets."""
-        own = self.tracer.of(value)
-        ahead = len(dims) - len(own)
-        return [
-            i
-            for i, dim in enumerate(dims)
-            if i >= ahead
-            and len(dim) == 1
-            and dim[0].is_token
-            and dim_size(own[i - ahead]) != 1
-            and dim[0].base.stream in self.streams
-        ]
-
-    def _gathered(self, value: Node, dims: tuple[Dim, ...], places: list[int], version: int) -> Any:
-        stream = self.streams[dims[places[0]][0].base.stream]
-        key = (value, dims, version)
-        if key not in self._companions:
-            if self._is_older_feature(value, dims, stream):
-                table = self.env[value, 0]
-                layout = Layout(dims, places[0], stream.batch)
-                for step in range(1, version + 1):
-                    table = stream.rebase(self.emit, table, layout, step)
-            else:
-                table = self.env[value, 0]
-                while table.meta["val"].dim() < len(dims):
-                    table = self.emit.call(aten.unsqueeze.default, table, 0)
-                for place in places:
-                    index = stream.kept(self.emit, version, dims[place][0])
-                    index = align(self.emit, index, dims, place, stream.batch)
-                    table = self.emit.call(aten.take_along_dim.default, table, index, place)
-            self._companions[key] = table
-        return self._companions[key]
-
-    def _is_older_feature(self, value: Node, dims: tuple[Dim, ...], stream: Stream) -> bool:
-        """Features of the same tokens from before the stream (a long skip) are merged; tables and masks are gathered.
-
-        A feature tensor depends on the input, is floating point and has the shape of what it meets, batch included.
-        """
-        tensor = value.meta["val"]
-        full = [dim_size(dim) for dim in self.tracer.of(value)] == [dim_size(dim) for dim in dims]
-        single = sum(any(atom.is_token for atom in dim) for dim in dims) == 1
-        batched = not stream.batch or any(atom in stream.batch for dim in self.tracer.of(value) for atom in dim)
-        return value in self.tracer.depends and tensor.is_floating_point() and full and single and batched
+    # ---- attention and pooling ----------------------------------------------------------------------------------
 
     def _weighted(self, node: Node, value: Any, newest: dict[int, int]) -> Any:
         """The input of a pooling over tokens, weighted by size: sum(x) -> sum(size x), mean(x) -> sum(size x) / N.
@@ -271,7 +220,8 @@ class Rewriter:
         sizes = stream.sizes_of(self.emit, version, layout.atom)
         weights = align(self.emit, sizes, layout.axes, layout.tokens, stream.batch)
         if self.tracer.pools[node] == "mean":
-            weights = self.emit.call(aten.mul.Tensor, weights, stream.count(version, layout.atom) / layout.atom.size)
+            there_are = hint(value.meta["val"].shape[layout.tokens])
+            weights = self.emit.call(aten.mul.Tensor, weights, there_are / layout.atom.size)
         weights = self.emit.call(aten.to.dtype, weights, value.meta["val"].dtype)
         return self.emit.call(aten.mul.Tensor, value, weights)
 
@@ -293,8 +243,8 @@ class Rewriter:
         stream, version = self.streams.get(run.base.stream), newest.get(run.base.stream, 0)
         if stream is None or version == 0:
             return
-        first = argument(node, "query") if is_op(node, "scaled_dot_product_attention") else node.args[0]
-        dtype = mapping.get(first, self.env.get((first, 0))).meta["val"].dtype  # type: ignore[union-attr]
+        first: Any = argument(node, "query") if is_op(node, "scaled_dot_product_attention") else node.args[0]
+        dtype = self._mapped(first, mapping).meta["val"].dtype
         bias = align(self.emit, stream.log_size(self.emit, version, run, dtype), dims, place, stream.batch)
         if is_op(node, "scaled_dot_product_attention"):
             mapping["attn_mask"] = bias
@@ -316,8 +266,8 @@ class Rewriter:
 
     # ---- reducing --------------------------------------------------------------------------------------------------
 
-    def reduce(self, site: Site, seed: int) -> None:
-        """Append the fused node behind a site's residual add; later readers of the add see the new version."""
+    def reduce(self, site: Site, count: Count, seed: int) -> None:
+        """Append the fused node behind a site's residual add, which leaves ``count`` tokens to all later readers."""
         node = site.reduce_at
         assert node is not None
         self.emit.origin = node
@@ -330,9 +280,9 @@ class Rewriter:
         if run != stream.run:
             raise Barrier("other tokens joined the stream between two reductions")
         layout = self.layout(node)
-        x = layout.to_canonical(self.emit, self.env[node, version], stream.count(version, run))
+        x = layout.to_canonical(self.emit, self.env[node, version], stream.count(self.emit, version, run))
         metric = self._metric(site, stream, version)
-        step = stream.reduce(self.emit, x, metric, site.strategy, site.r, seed, additive=node in self.chain)
+        step = stream.reduce(self.emit, x, metric, site.strategy, count, seed, additive=node in self.chain)
         self.env[node, version + 1] = layout.from_canonical(self.emit, step.merged, step.count)
         self.native[node] = version + 1
         self.chain.add(node)
@@ -359,33 +309,5 @@ class Rewriter:
             axes = [dim for i, dim in enumerate(axes) if i not in heads]
             place -= sum(i < place for i in heads)
         layout = Layout(tuple(axes), place, stream.batch)
-        node = layout.to_canonical(self.emit, node, stream.count(version, run))
+        node = layout.to_canonical(self.emit, node, stream.count(self.emit, version, run))
         return stream.trim(self.emit, node, run)
-
-
-def consumer_dims(tracer: Any, node: Node, value: Node) -> tuple[Dim, ...]:
-    """The dims, in a node's own terms, that an operand's dims are lined up with."""
-    own: Axes = tracer.of(value)
-    if is_op(node, "cat"):
-        dim = int(argument(node, "dim")) % len(own)
-        return tuple(own[i] if i == dim else d for i, d in enumerate(tracer.of(node)))
-    if is_op(node, "stack"):
-        out = list(tracer.of(node))
-        del out[int(argument(node, "dim")) % len(out)]
-        return tuple(out)
-    if is_op(node, "scaled_dot_product_attention"):
-        if value is not argument(node, "attn_mask"):
-            return own
-        return scores_dims(tracer, node)
-    if is_op(node, "matmul", "bmm") and len(own) > 2:
-        return (*tracer.of(node)[:-2], *own[-2:])
-    if is_op(node, "baddbmm", "addmm"):
-        return tracer.of(node) if value is node.args[0] else own
-    elementwise = torch.Tag.pointwise in getattr(node.target, "tags", ()) or is_op(node, "prelu", "copy")
-    return tracer.of(node) if elementwise else own
-
-
-def scores_dims(tracer: Any, node: Node) -> tuple[Dim, ...]:
-    """The dims of a fused attention's scores: batch and heads, queries, keys."""
-    q, k = (tracer.of(argument(node, name)) for name in ("query", "key"))
-    return (*tracer.of(node)[:-2], q[-2], k[-2])

@@ -119,7 +119,7 @@ def batch_norm(tracer: AxisTracer, node: Node) -> Axes:
 
 
 def reduction(kind: str) -> Rule:
-    """A reduction over dims. Over tokens "mean" and "sum" are weighted by size; a maximum is that of the tokens left."""
+    """A reduction over dims. Over tokens "mean" and "sum" are weighted by size, a maximum is not."""
 
     def rule(tracer: AxisTracer, node: Node) -> Axes:
         axes = tracer.of(node.args[0])
@@ -158,13 +158,13 @@ def slice_(tracer: AxisTracer, node: Node) -> Axes:
     axes = list(tracer.of(node.args[0]))
     d = _dims(node, len(axes))[0]
     size = dim_size(axes[d])
-    ends = [argument(node, "start"), argument(node, "end")]
-    if not all(end is None or isinstance(end, int) for end in ends):
+    first, last = argument(node, "start"), argument(node, "end")
+    if not all(end is None or isinstance(end, int) for end in (first, last)):
         if _has_tokens(axes[d]):
             raise Barrier("tokens are cut at a computed position")
-        axes[d] = tracer.space.fresh(f"{node.name}.{d}", _shape(node)[d])
+        axes[d] = tracer.space.fresh(f"{node.name}.{d}", node.meta["val"].shape[d])
         return tuple(axes)
-    start, stop, step = slice(*ends, argument(node, "step", 1)).indices(size)
+    start, stop, step = slice(first, last, argument(node, "step", 1)).indices(size)
     axes[d] = _cut(tracer, axes[d], start, max(start, stop), step)
     return tuple(axes)
 

@@ -13,7 +13,7 @@ import torch
 from torch.fx import Node
 
 from tofu_fx import ops  # noqa: F401 - registers torch.ops.tofu
-from tofu_fx.layout import Emitter, Layout, aten
+from tofu_fx.layout import Count, Emitter, Layout, aten
 from tofu_fx.tokens import Atom, Barrier
 
 tofu = torch.ops.tofu
@@ -28,7 +28,7 @@ class Version:
     """
 
     strategy: str
-    count: int
+    count: Count
     size_before: Node
     size: Node
     assignment: Node
@@ -52,21 +52,24 @@ class Stream:
         """Number of reductions so far."""
         return len(self.versions)
 
-    def count(self, version: int, run: Atom) -> int:
+    def count(self, emit: Emitter, version: int, run: Atom) -> Count:
         """Tokens of a run (which may have other protected tokens than the stream's own) at a version."""
         now = self.versions[version - 1].count if version else self.run.size
-        return now + run.size - self.run.size
+        more = run.size - self.run.size
+        return emit.arithmetic(operator.add, now, more) if more else now
 
-    def reduce(self, emit: Emitter, x: Node, metric: Node, strategy: str, r: int, seed: int, additive: bool) -> Version:
-        """Append the fused node that makes the next version of ``x`` ``[B, N, C]``."""
+    def reduce(
+        self, emit: Emitter, x: Node, metric: Node, strategy: str, count: Count, seed: int, additive: bool
+    ) -> Version:
+        """Append the fused node that makes the next version of ``x`` ``[B, N, C]``, of ``count`` tokens."""
         size = self.size(emit, self.newest, x)
         lead, tail = self.run.lead, self.run.tail
         if strategy == "permute":
             fused = emit.call(tofu.permute_tokens.default, x, size, seed, lead, tail)
         else:
+            r = emit.arithmetic(operator.sub, self.count(emit, self.newest, self.run), count)
             fused = emit.call(tofu.fuse_tokens.default, x, metric, size, r, strategy, lead, tail)
         merged, new_size, assignment, kept = (emit.call(operator.getitem, fused, i) for i in range(4))
-        count = self.count(self.newest, self.run) - (0 if strategy == "permute" else r)
         version = Version(strategy, count, size, new_size, assignment, kept, x, merged, additive)
         self.versions.append(version)
         return version
@@ -129,7 +132,7 @@ class Stream:
         step = self.versions[version - 1]
         if layout.atom != self.run:
             raise Barrier("features over another run of tokens than the stream's meet a newer version")
-        x = layout.to_canonical(emit, node, self.count(version - 1, layout.atom))
+        x = layout.to_canonical(emit, node, self.count(emit, version - 1, layout.atom))
         strategy = "prune" if step.strategy == "permute" else step.strategy
         x = emit.call(tofu.rebase.default, x, step.size_before, step.assignment, step.kept, strategy)
         return layout.from_canonical(emit, x, step.count)
@@ -142,7 +145,7 @@ class Stream:
         """
         if layout.atom != self.run:
             raise Barrier("tokens beside others that joined the stream later must be whole")
-        x = layout.to_canonical(emit, node, self.count(version, layout.atom))
+        x = layout.to_canonical(emit, node, self.count(emit, version, layout.atom))
         for step in reversed(self.versions[:version]):
             if additive:
                 x = emit.call(tofu.restore_tokens.default, x, step.assignment, step.before, step.merged)

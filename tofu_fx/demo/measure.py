@@ -29,7 +29,8 @@ class Variant:
         tokens: how many tokens the last layer works on.
         flops: floating-point operations for one image.
         compile_seconds: from nothing to the first result.
-        seconds: one wall time for each batch.
+        batch_size: images in each timed call.
+        seconds: one wall time for each call.
         predictions: int64 `[n]`, the digit named for each test image; what is missing from it was not run.
     """
 
@@ -40,6 +41,7 @@ class Variant:
     tokens: int = 0
     flops: float = 0.0
     compile_seconds: float = 0.0
+    batch_size: int = 0
     seconds: list[float] = field(default_factory=list)
     predictions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
 
@@ -51,12 +53,23 @@ class Variant:
     @property
     def options(self) -> dict[str, Any]:
         """What a user passes as `torch.compile(model, backend="tofu", options=...)` to get this variant."""
-        return {"ratio": self.ratio, "strategy": self.strategy, "inner_backend": self.inner_backend}
+        # on_error: by default a failed pass leaves the graph untouched, and the demo would measure plain against plain.
+        return {
+            "ratio": self.ratio,
+            "strategy": self.strategy,
+            "inner_backend": self.inner_backend,
+            "on_error": "raise",
+        }
 
     @property
     def median_seconds(self) -> float:
-        """The median wall time of a batch."""
+        """The median wall time of a call."""
         return statistics.median(self.seconds)
+
+    @property
+    def images_per_second(self) -> float:
+        """Images a second at the median wall time."""
+        return self.batch_size / self.median_seconds
 
     def accuracy(self, labels: Tensor) -> float:
         """The share of right predictions, 0 to 1."""
@@ -120,5 +133,6 @@ def run_batch(variants: Sequence[Variant], batch: Tensor, turn: int, count: int)
     for variant in [*variants[start_at:], *variants[:start_at]]:
         start = time.perf_counter()
         logits = variant.call(batch)
+        variant.batch_size = len(batch)
         variant.seconds.append(time.perf_counter() - start)
         variant.predictions = torch.cat([variant.predictions, logits[:count].argmax(1)])

@@ -12,8 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tofu_fx.errors import PlanError
 from tofu_fx.planning.site import Site
 
-PLAN_VERSION = 1
-
 
 class PlanRow(BaseModel):
     """What happens at one site. ``tokens``, ``heads`` identify the site; ``strategy`` and ``r`` are the decision."""
@@ -34,7 +32,7 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    version: Literal[1] = PLAN_VERSION
+    version: Literal[1] = 1
     sites: list[PlanRow]
 
     def save(self, path: str | os.PathLike[str]) -> None:

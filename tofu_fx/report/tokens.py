@@ -26,7 +26,7 @@ class _Watched(Interpreter):
             size, assignment = n.args[2], value[2]
             # A reduction whose sizes come from an earlier one continues that one's stream.
             source = size.args[0] if isinstance(size, Node) and size.args else None
-            stream = self._follows.get(source) if isinstance(source, Node) else None  # type: ignore[arg-type]
+            stream = self._follows.get(source) if isinstance(source, Node) else None
             if stream is None:
                 stream = len(self.groups)
                 self.groups.append(assignment)

@@ -1,0 +1,121 @@
+"""Companions: what meets tokens without being part of their stream, and must follow it to its newest version.
+
+Rotary and position tables, masks and relative biases are indexed by token: the rows (and columns) of the tokens that
+survive are gathered, for each sample its own. Features of the same tokens from before the stream (a long skip) are
+merged as the stream was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from tofu_fx.graphs import argument, is_op, tensor_inputs
+from tofu_fx.layout import Emitter, Layout, align, aten
+from tofu_fx.streams import Stream
+from tofu_fx.tokens import Axes, Dim, dim_size
+from tofu_fx.tracer import AxisTracer
+
+
+@dataclass
+class Companions:
+    """Rebases the companions of a node; each is made once per version and shared by those who meet it."""
+
+    tracer: AxisTracer
+    emit: Emitter
+    streams: dict[int, Stream]
+    #: (old node, version) -> new node, the rewriter's
+    env: dict[tuple[Node, int], Any]
+    _rebased: dict[Any, Node] = field(default_factory=dict)
+
+    def rebased(self, node: Node, newest: dict[int, int]) -> dict[Node, Any]:
+        """Operands indexed by token that are not part of the stream: tables, masks, biases, features from before it."""
+        mapping: dict[Node, Any] = {}
+        for value in tensor_inputs(node):
+            if self._in_reduced_stream(value) or not isinstance(value.meta["val"], torch.Tensor):
+                continue
+            dims = consumer_dims(self.tracer, node, value)
+            places = self._places(value, dims)
+            if places:
+                version = newest[dims[places[0]][0].base.stream]
+                mapping[value] = self._gathered(value, dims, places, version)
+        return mapping
+
+    def _in_reduced_stream(self, value: Node) -> bool:
+        return any(atom.base.stream in self.streams for atom in self.tracer.tokens(value))
+
+    def _places(self, value: Node, dims: tuple[Dim, ...]) -> list[int]:
+        """The dims of an operand that are indexed by the tokens of what it meets."""
+        own = self.tracer.of(value)
+        ahead = len(dims) - len(own)
+        return [
+            i
+            for i, dim in enumerate(dims)
+            if i >= ahead
+            and len(dim) == 1
+            and dim[0].is_token
+            and dim_size(own[i - ahead]) != 1
+            and dim[0].base.stream in self.streams
+        ]
+
+    def _gathered(self, value: Node, dims: tuple[Dim, ...], places: list[int], version: int) -> Any:
+        stream = self.streams[dims[places[0]][0].base.stream]
+        key = (value, dims, version)
+        if key not in self._rebased:
+            if self._is_older_feature(value, dims, stream):
+                table = self.env[value, 0]
+                layout = Layout(dims, places[0], stream.batch)
+                for step in range(1, version + 1):
+                    table = stream.rebase(self.emit, table, layout, step)
+            else:
+                table = self.env[value, 0]
+                while table.meta["val"].dim() < len(dims):
+                    table = self.emit.call(aten.unsqueeze.default, table, 0)
+                for place in places:
+                    index = stream.kept(self.emit, version, dims[place][0])
+                    index = align(self.emit, index, dims, place, stream.batch)
+                    table = self.emit.call(aten.take_along_dim.default, table, index, place)
+            self._rebased[key] = table
+        return self._rebased[key]
+
+    def _is_older_feature(self, value: Node, dims: tuple[Dim, ...], stream: Stream) -> bool:
+        """Features of the same tokens from before the stream (a long skip) are merged; tables and masks are gathered.
+
+        A feature tensor depends on the input, is floating point and has the shape of what it meets, batch included.
+        """
+        tensor = value.meta["val"]
+        full = [dim_size(dim) for dim in self.tracer.of(value)] == [dim_size(dim) for dim in dims]
+        single = sum(any(atom.is_token for atom in dim) for dim in dims) == 1
+        batched = not stream.batch or any(atom in stream.batch for dim in self.tracer.of(value) for atom in dim)
+        return value in self.tracer.depends and tensor.is_floating_point() and full and single and batched
+
+
+def consumer_dims(tracer: AxisTracer, node: Node, value: Node) -> tuple[Dim, ...]:
+    """The dims, in a node's own terms, that an operand's dims are lined up with."""
+    own: Axes = tracer.of(value)
+    if is_op(node, "cat"):
+        dim = int(argument(node, "dim")) % len(own)
+        return tuple(own[i] if i == dim else d for i, d in enumerate(tracer.of(node)))
+    if is_op(node, "stack"):
+        out = list(tracer.of(node))
+        del out[int(argument(node, "dim")) % len(out)]
+        return tuple(out)
+    if is_op(node, "scaled_dot_product_attention"):
+        if value is not argument(node, "attn_mask"):
+            return own
+        return scores_dims(tracer, node)
+    if is_op(node, "matmul", "bmm") and len(own) > 2:
+        return (*tracer.of(node)[:-2], *own[-2:])
+    if is_op(node, "baddbmm", "addmm"):
+        return tracer.of(node) if value is node.args[0] else own
+    elementwise = torch.Tag.pointwise in getattr(node.target, "tags", ()) or is_op(node, "prelu", "copy")
+    return tracer.of(node) if elementwise else own
+
+
+def scores_dims(tracer: AxisTracer, node: Node) -> tuple[Dim, ...]:
+    """The dims of a fused attention's scores: batch and heads, queries, keys."""
+    q, k = (tracer.of(argument(node, name)) for name in ("query", "key"))
+    return (*tracer.of(node)[:-2], q[-2], k[-2])

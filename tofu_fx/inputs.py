@@ -1,0 +1,79 @@
+"""The inputs of the rewritten graph: those that were traced and, for inductor, the token counts.
+
+Every reduction gives the layers behind it a shape of their own, and inductor compiles a set of C++ kernels for each
+shape: with a reduction in each of 12 layers that is most of the compile time. So the token count behind each reduction
+is made an integer *input* of the graph. Inductor then writes kernels for any count, finds that the layers' kernels are
+the same text, and compiles them once. The counts never change: the compiled callable always gets the same numbers.
+
+They are symbols of a fake mode and shape environment of their own, whose guards nobody needs to check for that reason.
+Where Dynamo has symbols too (a dynamic batch), the graph stays in Dynamo's environment with the counts as constants.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+from tofu_fx.compilation import Compilation
+from tofu_fx.layout import Count
+from tofu_fx.planning.site import Site
+
+
+def fake_mode_of(gm: GraphModule) -> FakeTensorMode:
+    """The fake mode of a graph's placeholders."""
+    values = (node.meta.get("val") for node in gm.graph.find_nodes(op="placeholder"))
+    return next(value.fake_mode for value in values if isinstance(value, FakeTensor))
+
+
+class InputFakes:
+    """Copies the sources of a graph into the rewritten one, in the fake mode that it is to have."""
+
+    def __init__(self, compilation: Compilation) -> None:
+        nodes = compilation.gm.graph.find_nodes(op="placeholder")
+        compilation.shared_kernels = compilation.shared_kernels and all(_is_static(node) for node in nodes)
+        self.shared = compilation.shared_kernels
+        self.fake_mode = FakeTensorMode(shape_env=ShapeEnv()) if self.shared else fake_mode_of(compilation.gm)
+
+    def copy(self, graph: Graph, node: Node) -> Node:
+        """A placeholder or constant of the old graph in the new one, with Dynamo's notes on it."""
+        new = graph.node_copy(node)
+        new.meta = dict(node.meta)
+        if hasattr(node, "_dynamo_source"):
+            new._dynamo_source = node._dynamo_source
+        value = node.meta["val"]
+        if self.shared and isinstance(value, torch.Tensor):
+            with torch._guards.tracing(None), self.fake_mode:
+                fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+            new.meta["val"] = fake.requires_grad_(value.requires_grad)
+        return new
+
+    def token_count(self, graph: Graph, site: Site) -> Count:
+        """The token count behind a site: a number, or an input of the graph that stands for it."""
+        if not self.shared:
+            return site.tokens_out
+        source: Any = ConstantSource(f"tofu_tokens_{site.id}")
+        environment = self.fake_mode.shape_env
+        assert environment is not None
+        symbol = environment.create_unspecified_symbol(site.tokens_out, source, DimDynamic.DYNAMIC)
+        node = graph.placeholder(f"tokens_{site.tokens_out}")
+        node.meta["val"] = environment.create_symintnode(symbol, hint=site.tokens_out, source=source)
+        node._dynamo_source = None
+        return node
+
+
+def _is_static(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and all(isinstance(size, int) for size in (*value.shape, *value.stride()))
+
+
+def carry_over(old: GraphModule, new: GraphModule) -> None:
+    """Dynamo's notes on the graph as a whole: AOTAutograd reads them to find static inputs."""
+    if not dict(new.named_parameters()) and not dict(new.named_buffers()):
+        new.meta.update(old.meta)
+        if hasattr(old, "_param_name_to_source"):
+            new._param_name_to_source = old._param_name_to_source
