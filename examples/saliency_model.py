@@ -40,6 +40,7 @@ class SaliencyHead(nn.Module):
         self.final_conv = nn.Conv2d(64, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Features to logits."""
         x = F.relu(self.bn1(self.upconv1(x)))
         x = F.relu(self.bn2(self.upconv2(x)))
         x = F.relu(self.bn3(self.upconv3(x)))
@@ -55,6 +56,7 @@ class SaliencyModel(nn.Module):
         self.decoder = SaliencyHead()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Photographs to maps."""
         tokens = self.backbone.forward_features(x)[:, 1:]  # the class token has no place on the map
         features = tokens.transpose(1, 2).reshape(x.shape[0], -1, GRID, GRID)
         saliency = torch.sigmoid(self.decoder(features))

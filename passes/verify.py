@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Interpreter, Node
 
 from tofu_fx.compilation import Compilation
@@ -38,7 +39,7 @@ def verify(compilation: Compilation) -> None:
     fake_mode = fake_mode_of(gm)
     interpreter = _Checked(gm)
     interpreter.compilation = compilation
-    with torch._guards.tracing(None), fake_mode:
+    with torch._guards.tracing(None), enable_python_dispatcher(), fake_mode:
         outputs = interpreter.run(*fakes)
     flat, _ = torch.utils._pytree.tree_flatten(outputs)
     if len(flat) != len(compilation.traced_outputs):

@@ -6,7 +6,8 @@ is made an integer *input* of the graph. Inductor then writes kernels for any co
 the same text, and compiles them once. The counts never change: the compiled callable always gets the same numbers.
 
 They are symbols of a fake mode and shape environment of their own, whose guards nobody needs to check for that reason.
-Where Dynamo has symbols too (a dynamic batch), the graph stays in Dynamo's environment with the counts as constants.
+Where Dynamo has symbols too (a dynamic batch), the graph stays in Dynamo's environment with the counts as constants; so
+it does off the CPU, where kernels for one shape are worth more than a short compile.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class InputFakes:
 
     def __init__(self, compilation: Compilation) -> None:
         nodes = compilation.gm.graph.find_nodes(op="placeholder")
-        compilation.shared_kernels = compilation.shared_kernels and all(_is_static(node) for node in nodes)
+        compilation.shared_kernels = compilation.shared_kernels and all(_can_share(node) for node in nodes)
         self.shared = compilation.shared_kernels
         self.fake_mode = FakeTensorMode(shape_env=ShapeEnv()) if self.shared else fake_mode_of(compilation.gm)
 
@@ -66,9 +67,11 @@ class InputFakes:
         return node
 
 
-def _is_static(node: Node) -> bool:
+def _can_share(node: Node) -> bool:
     value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and all(isinstance(size, int) for size in (*value.shape, *value.stride()))
+    if not isinstance(value, torch.Tensor) or value.device.type != "cpu":
+        return False
+    return all(isinstance(size, int) for size in (*value.shape, *value.stride()))
 
 
 def carry_over(old: GraphModule, new: GraphModule) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
@@ -58,8 +59,10 @@ class Emitter:
 
     def copy(self, node: Node, mapping: Any) -> Any:
         """Append a copy of a node of another graph with mapped inputs; its fake value is computed anew."""
-        args, kwargs = map_arg(node.args, mapping), map_arg(node.kwargs, mapping)
-        value = self._fake(node.target, args, kwargs)
+        mapped = {old: mapping(old) for old in node.all_input_nodes}
+        args, kwargs = map_arg(node.args, mapped.__getitem__), map_arg(node.kwargs, mapped.__getitem__)
+        unchanged = all(isinstance(n, Node) and n.meta.get("val") is old.meta.get("val") for old, n in mapped.items())
+        value = node.meta["val"] if unchanged and "val" in node.meta else self._fake(node.target, args, kwargs)
         if isinstance(value, (int, float, bool)):
             return value
         new = self.graph.create_node(node.op, node.target, args, kwargs, node.name, node.type)
@@ -69,7 +72,8 @@ class Emitter:
 
     def _fake(self, target: Any, args: Any, kwargs: Any) -> Any:
         values = map_arg((args, kwargs), lambda n: n.meta["val"])
-        with torch._guards.tracing(None), self.fake_mode:
+        # The Python dispatcher: composite ops take symbolic sizes only through it.
+        with torch._guards.tracing(None), enable_python_dispatcher(), self.fake_mode:
             return target(*values[0], **values[1])
 
     def _stamp(self, node: Node) -> None:

@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tofu_fx.demo.data import IMAGE_SIZE
+from tofu_fx.demo.data import CELL_SIZE, NUMBER_DIGITS
 from tofu_fx.demo.extra import need
 
 WEIGHTS = Path(__file__).with_name("digits_vit.safetensors")
 
 ARCHITECTURE: dict[str, Any] = {
-    "img_size": IMAGE_SIZE,
+    "img_size": [CELL_SIZE, NUMBER_DIGITS * CELL_SIZE],
     "patch_size": 2,
     "in_chans": 1,
-    "num_classes": 10,
+    "num_classes": NUMBER_DIGITS * 10,
     "embed_dim": 160,
     "depth": 4,
     "num_heads": 5,
@@ -36,6 +36,11 @@ def build_model(**overrides: Any) -> nn.Module:
     """
     model: nn.Module = need("timm.models").VisionTransformer(**{**ARCHITECTURE, **overrides})
     return model
+
+
+def read_digits(logits: Tensor) -> Tensor:
+    """Logits `[n, 40]`, ten for each place of the number, to the digits read, int64 `[n, 4]`."""
+    return logits.reshape(len(logits), NUMBER_DIGITS, 10).argmax(-1)
 
 
 def save_model(model: nn.Module, path: Path, facts: dict[str, Any]) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 # Shapes of the similarity matrix are rounded up to these. BLAS computes the ragged edge of a matrix with other code
 # than its inside: there, the same two rows give other bits, which would decide ties by position and make a sample
-# depend on where it lies in its batch.
+# depend on where it lies in its batch. Seen with MKL for ragged partners and features, not for candidates, whose tile
+# only spares that question on the next CPU.
 _CANDIDATE_TILE = 8
 _PARTNER_TILE = 32
 _FEATURE_TILE = 16
