@@ -157,30 +157,41 @@ def draw(
         heading: the title over everything.
         names: what the four rows are called.
     """
+    side, gap, left, top = 1.7, 0.08, 1.2, 0.45  # inches
+    width, height = left + len(photos) * (side + gap), top + 4 * (side + gap)
     # The object interface with the Agg canvas: no display is needed and the caller's pyplot state is left alone.
-    figure = need("matplotlib.figure").Figure(figsize=(1.3 + 1.75 * len(photos), 7.75), facecolor="white")
+    figure = need("matplotlib.figure").Figure(figsize=(width, height), facecolor="white")
     need("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
-    lines = need("matplotlib.collections").LineCollection
-    axes = figure.subplots(4, len(photos), squeeze=False)
+    figure.text(0.1 / width, 1 - 0.28 / height, heading, fontsize=11)
     errors = (tofu - plain).abs().mean((1, 2, 3))
-    for column in range(len(photos)):
-        axes[0, column].imshow(photos[column].permute(1, 2, 0).numpy())
-        for row, maps in ((1, plain), (2, tofu)):
-            axes[row, column].imshow(maps[column, 0].numpy(), cmap="magma", vmin=0, vmax=1)
-        axes[2, column].set_xlabel(f"error {errors[column]:.4f}", fontsize=8)
-        filled = fill_photo(photos[column], groups[column]).permute(1, 2, 0).numpy()
-        axes[3, column].imshow(filled, extent=(0, GRID, GRID, 0))
-        axes[3, column].add_collection(lines(group_borders(groups[column], GRID), colors="white", linewidths=0.6))
+    box = {"facecolor": "black", "alpha": 0.5, "edgecolor": "none", "pad": 1.5}
+
+    def axes_at(row: int, column: int) -> Any:
+        corner = (left + column * (side + gap), height - top - row * (side + gap) - side)
+        axes = figure.add_axes((corner[0] / width, corner[1] / height, side / width, side / height))
+        axes.set(xticks=[], yticks=[])
+        return axes
+
     for row, name in enumerate(names):
-        axes[row, 0].set_ylabel(name, fontsize=10)
-    for one in axes.flat:
-        one.set(xticks=[], yticks=[])
-    figure.suptitle(heading, fontsize=11, x=0.02, ha="left")
-    figure.tight_layout(pad=0.6, h_pad=0.3, w_pad=0.3)
+        middle = height - top - row * (side + gap) - side / 2
+        figure.text((left - gap) / width, middle / height, name, ha="right", va="center", fontsize=9.5)
+    for column in range(len(photos)):
+        axes_at(0, column).imshow(photos[column].permute(1, 2, 0).numpy())
+        axes_at(1, column).imshow(plain[column, 0].numpy(), cmap="magma", vmin=0, vmax=1)
+        axes = axes_at(2, column)
+        axes.imshow(tofu[column, 0].numpy(), cmap="magma", vmin=0, vmax=1)
+        axes.text(6, 216, f"error {errors[column]:.4f}", fontsize=8, color="white", bbox=box)
+        axes = axes_at(3, column)
+        filled = fill_photo(photos[column], groups[column]).permute(1, 2, 0).numpy()
+        axes.imshow(filled, extent=(0, GRID, GRID, 0))
+        borders = group_borders(groups[column], GRID)
+        axes.add_collection(need("matplotlib.collections").LineCollection(borders, colors="white", linewidths=0.6))
     figure.savefig(path, dpi=130)
 
 
 def run(args: argparse.Namespace, console: Console) -> None:
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     model, photos = load_model(args.model), load_photos(args.photos, args.every)
     images = normalise(photos)
     batch = images[: args.batch]
@@ -210,12 +221,8 @@ def run(args: argparse.Namespace, console: Console) -> None:
             f"{explanation.matched} layers ({shown.label}): mean absolute error {shown.errors(plain).mean():.4f} "
             f"on {len(photos)} photographs"
         )
-        names = (
-            "photo",
-            "plain map",
-            "tofu map",
-            f"tokens merged: {groups.shape[1] - 1} to {explanation.tokens_after - 1}",
-        )
+        merged = f"tokens merged\n{groups.shape[1] - 1} to {explanation.tokens_after - 1}"
+        names = ("photo", "plain map", "tofu map", merged)
         # The class token comes first and is no patch.
         draw(args.output, photos[chosen], plain.maps[chosen], shown.maps[chosen], groups[:, 1:].cpu(), heading, names)
         progress.advance(task)
@@ -238,6 +245,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--switch", type=int, default=3, help="layers that 'switched' prunes in")
     parser.add_argument("--every", type=int, default=3, help="take every n-th photograph")
     parser.add_argument("--batch", type=int, default=12)
+    parser.add_argument("--threads", type=int, help="CPU threads; on cores that others keep busy, 1 is fastest")
     parser.add_argument("--speed", action="store_true", help="measure images/s through inductor (minutes of compiling)")
     parser.add_argument("--output", type=Path, default=Path("tofu_saliency.png"), help="the picture to write")
     args = parser.parse_args()

@@ -66,8 +66,7 @@ def _place(site: Site, plain: AxisTracer, order: dict[Node, int]) -> None:
         if not any(value in reached for value in node.all_input_nodes):
             continue
         if is_op(node, "add") and _joins_residual(node, reached, attention.query, plain):
-            dims = [i for i, dim in enumerate(plain.of(node)) if plain.space.flat(dim) == keys]
-            if len(dims) == 1:
+            if len(_places(plain, node, keys)) == 1:
                 site.reduce_at = node
                 site.lead, site.tail = _protected(keys, plain)
                 if site.tokens - site.lead - site.tail < 2:
@@ -82,6 +81,13 @@ def _place(site: Site, plain: AxisTracer, order: dict[Node, int]) -> None:
             return
         reached.add(node)
     site.decline = Decline("no residual add follows the attention", attention.node)
+
+
+def _places(plain: AxisTracer, node: Node, tokens: Atom) -> list[tuple[int, int]]:
+    """Where a tensor carries the tokens: (dim, place among that dim's atoms), for ``[B, N, C]`` and ``[B*N, C]``."""
+    axes = plain.of(node)
+    places = [(i, j) for i, dim in enumerate(axes) for j, atom in enumerate(dim) if atom == tokens]
+    return places or [(i, -1) for i, dim in enumerate(axes) if plain.space.flat(dim) == tokens]
 
 
 def _descendants(start: Node, order: dict[Node, int]) -> Iterator[Node]:
@@ -152,21 +158,27 @@ def _trace(compilation: Compilation, plain: AxisTracer, placed: list[Site]) -> A
     for number, site in enumerate(placed):
         assert site.reduce_at is not None
         keys = plain.space.flat(plain.of(site.attention.key)[site.attention.key_tokens])
-        dim = next(i for i, d in enumerate(plain.of(site.reduce_at)) if plain.space.flat(d) == keys)
-        seeds[site.reduce_at] = _seed(site, dim, number)
+        assert keys is not None
+        ((dim, place),) = _places(plain, site.reduce_at, keys)
+        seeds[site.reduce_at] = _seed(site, dim, place, number)
     known = [a for a in compilation.attentions if not a.causal]
     nodes = frozenset(node for a in known for node in (a.node, a.softmax) if node is not None)
     return AxisTracer(compilation.gm.graph, find_rule, compilation.model_state, seeds, nodes).run()
 
 
-def _seed(site: Site, dim: int, number: int) -> Seed:
-    """Start a stream at a site's residual add, unless one already runs through it."""
+def _seed(site: Site, dim: int, place: int, number: int) -> Seed:
+    """Start a stream at a site's residual add, unless one already runs through it.
+
+    The tokens are the atom ``place`` of the dim, or (-1) all its atoms together.
+    """
 
     def seed(tracer: AxisTracer, axes: Axes) -> Axes:
         if token_atoms(axes):
             return axes
         base = Base(f"tokens{number}", site.tokens - site.lead - site.tail, "token", number)
-        return (*axes[:dim], (Atom(base, -site.lead, site.tokens),), *axes[dim + 1 :])
+        tokens, atoms = Atom(base, -site.lead, site.tokens), axes[dim]
+        mixed = (tokens,) if place < 0 else (*atoms[:place], tokens, *atoms[place + 1 :])
+        return (*axes[:dim], mixed, *axes[dim + 1 :])
 
     return seed
 

@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from tofu_fx.compilation import Compilation
 from tofu_fx.graphs import LITERAL, tensor_inputs
-from tofu_fx.inputs import InputFakes
+from tofu_fx.inputs import InputFakes, faking
 from tofu_fx.layout import Emitter
 from tofu_fx.planning.site import Decline
 from tofu_fx.rewriter import Rewriter
@@ -34,9 +34,16 @@ def insert_reductions(compilation: Compilation) -> None:
 
 
 def _write(compilation: Compilation) -> Graph:
-    old, new = compilation.gm.graph, Graph()
-    inputs = InputFakes(compilation)
-    rewriter = Rewriter(compilation, Emitter(new, inputs.fake_mode))
+    inputs, new = InputFakes(compilation), Graph()
+    with faking(inputs.fake_mode):
+        _write_nodes(compilation, inputs, new)
+    new.eliminate_dead_code()
+    new.lint()
+    return new
+
+
+def _write_nodes(compilation: Compilation, inputs: InputFakes, new: Graph) -> None:
+    old, rewriter = compilation.gm.graph, Rewriter(compilation, Emitter(new))
     for node in old.find_nodes(op="placeholder"):
         rewriter.env[node, 0] = inputs.copy(new, node)
     counts = {site.reduce_at: inputs.token_count(new, site) for site in compilation.reducing}
@@ -57,9 +64,6 @@ def _write(compilation: Compilation) -> Graph:
         if node in reductions:
             number, site = reductions[node]
             rewriter.reduce(site, counts[node], seed=number)
-    new.eliminate_dead_code()
-    new.lint()
-    return new
 
 
 def _give_up(compilation: Compilation, reason: str) -> None:

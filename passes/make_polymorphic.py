@@ -114,7 +114,11 @@ def _slice_literals(tracer: AxisTracer, node: Node) -> None:
     atom = axes[dim][0]
     start, end = argument(node, "start") or 0, argument(node, "end")
     stop = atom.size if end is None else min(hint(end), atom.size)
-    set_argument(node, "start", start if start <= atom.lead else start - atom.size if start > 0 else start)
+    if start >= atom.size:
+        start = _END  # an empty slice
+    elif start > atom.lead:
+        start -= atom.size
+    set_argument(node, "start", start)
     if stop >= atom.size - atom.tail:
         set_argument(node, "end", _END if stop >= atom.size else stop - atom.size)
 

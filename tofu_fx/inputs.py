@@ -12,9 +12,12 @@ it does off the CPU, where kernels for one shape are worth more than a short com
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
@@ -31,8 +34,18 @@ def fake_mode_of(gm: GraphModule) -> FakeTensorMode:
     return next(value.fake_mode for value in values if isinstance(value, FakeTensor))
 
 
+@contextmanager
+def faking(fake_mode: FakeTensorMode) -> Iterator[None]:
+    """Compute fake values: apart from Dynamo's own tracing, and through the Python dispatcher.
+
+    Composite ops take symbolic sizes only through the latter. Entering it is slow, so once for a whole graph.
+    """
+    with torch._guards.tracing(None), enable_python_dispatcher(), fake_mode:
+        yield
+
+
 class InputFakes:
-    """Copies the sources of a graph into the rewritten one, in the fake mode that it is to have."""
+    """Copies the sources of a graph into the rewritten one, in the fake mode that it is to have (inside ``faking``)."""
 
     def __init__(self, compilation: Compilation) -> None:
         nodes = compilation.gm.graph.find_nodes(op="placeholder")
@@ -48,8 +61,7 @@ class InputFakes:
             new._dynamo_source = node._dynamo_source
         value = node.meta["val"]
         if self.shared and isinstance(value, torch.Tensor):
-            with torch._guards.tracing(None), self.fake_mode:
-                fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+            fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
             new.meta["val"] = fake.requires_grad_(value.requires_grad)
         return new
 

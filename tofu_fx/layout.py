@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
@@ -27,10 +26,12 @@ Count = int | Node
 
 @dataclass
 class Emitter:
-    """Appends nodes to a graph, each with its fake value and the origin (module path, source line) it serves."""
+    """Appends nodes to a graph, each with its fake value and the origin (module path, source line) it serves.
+
+    To be used inside of ``tofu_fx.inputs.faking``: values are computed as the nodes are appended.
+    """
 
     graph: Graph
-    fake_mode: Any
     origin: Node | None = None
     _memo: dict[Any, Node] = field(default_factory=dict)
 
@@ -72,9 +73,7 @@ class Emitter:
 
     def _fake(self, target: Any, args: Any, kwargs: Any) -> Any:
         values = map_arg((args, kwargs), lambda n: n.meta["val"])
-        # The Python dispatcher: composite ops take symbolic sizes only through it.
-        with torch._guards.tracing(None), enable_python_dispatcher(), self.fake_mode:
-            return target(*values[0], **values[1])
+        return target(*values[0], **values[1])
 
     def _stamp(self, node: Node) -> None:
         if self.origin is not None:

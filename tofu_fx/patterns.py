@@ -19,7 +19,7 @@ from tofu_fx.planning.site import Attention
 PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
 _BETWEEN = tuple(
     "mul div add sub rsub masked_fill where to _to_copy type_as contiguous clone dropout clamp tanh alias detach "  # noqa: SIM905
-    "permute transpose linear expand view reshape _unsafe_view unsqueeze squeeze copy".split()
+    "permute transpose linear expand view reshape flatten unflatten _unsafe_view unsqueeze squeeze copy".split()
 )
 _RESHAPED = ("view", "reshape", "unsqueeze", "squeeze", "expand", "to", "add", "sub", "slice", "select", "permute")
 _NEAR = 64  # nodes of a mask's making that are looked at

@@ -49,6 +49,7 @@ _ROW_WISE = [
     "neg",
     "unsqueeze",
     "squeeze",
+    "slice",
 ]
 
 
@@ -149,8 +150,13 @@ class Rewriter:
         mapping.update(self.companions.rebased(node, newest))
         if node in self.tracer.pools:
             mapping[node.args[0]] = self._weighted(node, mapping[node.args[0]], newest)
-        self._propose_bias(node, mapping, newest)
-        new = self._copy(node, mapping)
+        bias = self._bias(node, mapping, newest)
+        if bias is not None and is_op(node, "scaled_dot_product_attention"):
+            new = self._biased_attention(node, mapping, bias)
+        else:
+            if bias is not None:
+                mapping[node.args[0]] = self.emit.call(aten.add.Tensor, mapping[node.args[0]], bias)
+            new = self._copy(node, mapping)
         version = newest[self._number(node)] if self.tracer.tokens(node) else 0
         self.env[node, version] = new
         if version:
@@ -180,9 +186,6 @@ class Rewriter:
         return None
 
     def _copy(self, node: Node, mapping: dict[Node, Any]) -> Any:
-        if is_op(node, "scaled_dot_product_attention") and "attn_mask" in mapping:
-            mapping = dict(mapping)
-            return self._attention_with_mask(node, mapping)
         return self.emit.copy(node, lambda n: self._mapped(n, mapping))
 
     def _mapped(self, node: Node, mapping: dict[Node, Any]) -> Any:
@@ -225,10 +228,10 @@ class Rewriter:
         weights = self.emit.call(aten.to.dtype, weights, value.meta["val"].dtype)
         return self.emit.call(aten.mul.Tensor, value, weights)
 
-    def _propose_bias(self, node: Node, mapping: dict[Any, Any], newest: dict[int, int]) -> None:
-        """Proportional attention: log(size) joins the mask of the fused op, or the input of the written-out softmax."""
+    def _bias(self, node: Node, mapping: dict[Any, Any], newest: dict[int, int]) -> Node | None:
+        """Proportional attention: log(size) of the keys, shaped for the scores. None where it has no place."""
         if self.compilation.options.proportional_attention is False:
-            return
+            return None
         if is_op(node, "scaled_dot_product_attention"):
             dims = scores_dims(self.tracer, node)
             place = len(dims) - 1
@@ -236,23 +239,19 @@ class Rewriter:
             dims = self.tracer.of(node)
             place = int(argument(node, "dim")) % len(dims)
         else:
-            return
+            return None
         if not token_atoms((dims[place],)):
-            return
+            return None
         run = dims[place][0]
         stream, version = self.streams.get(run.base.stream), newest.get(run.base.stream, 0)
         if stream is None or version == 0:
-            return
+            return None
         first: Any = argument(node, "query") if is_op(node, "scaled_dot_product_attention") else node.args[0]
         dtype = self._mapped(first, mapping).meta["val"].dtype
-        bias = align(self.emit, stream.log_size(self.emit, version, run, dtype), dims, place, stream.batch)
-        if is_op(node, "scaled_dot_product_attention"):
-            mapping["attn_mask"] = bias
-        else:
-            mapping[first] = self.emit.call(aten.add.Tensor, mapping[first], bias)
+        return align(self.emit, stream.log_size(self.emit, version, run, dtype), dims, place, stream.batch)
 
-    def _attention_with_mask(self, node: Node, mapping: dict[Any, Any]) -> Any:
-        bias = mapping.pop("attn_mask")
+    def _biased_attention(self, node: Node, mapping: dict[Node, Any], bias: Node) -> Any:
+        """The fused op with the bias in its mask."""
         mask = argument(node, "attn_mask")
         if mask is not None:
             mask = self._mapped(mask, mapping)
