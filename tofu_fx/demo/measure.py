@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import tofu_fx
-from tofu_fx.demo.data import Digits
+from tofu_fx.demo.data import NUMBER_DIGITS, Numbers
+from tofu_fx.demo.model import read_digits
 
 PLAIN = "plain"
 
@@ -25,13 +26,13 @@ class Variant:
         strategy: "plain", or the strategy that tofu was given.
         ratio: the share of tokens that tofu was told to remove; 0 for plain.
         inner_backend: the backend that compiles the graph ("inductor", or "aot_eager" in a quick run).
-        call: the compiled model, images `[batch, 1, 28, 28]` to logits `[batch, 10]`.
+        call: the compiled model, images `[batch, 1, 16, 64]` to logits `[batch, 40]`.
         tokens: how many tokens the last layer works on.
         flops: floating-point operations for one image.
         compile_seconds: from nothing to the first result.
         batch_size: images in each timed call.
         seconds: one wall time for each call.
-        predictions: int64 `[n]`, the digit named for each test image; what is missing from it was not run.
+        found: int64 `[n, 4]`, the digits read in the images run so far.
     """
 
     strategy: str
@@ -43,7 +44,7 @@ class Variant:
     compile_seconds: float = 0.0
     batch_size: int = 0
     seconds: list[float] = field(default_factory=list)
-    predictions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    found: Tensor = field(default_factory=lambda: torch.empty(0, NUMBER_DIGITS, dtype=torch.long))
 
     @property
     def label(self) -> str:
@@ -72,8 +73,8 @@ class Variant:
         return self.batch_size / self.median_seconds
 
     def accuracy(self, labels: Tensor) -> float:
-        """The share of right predictions, 0 to 1."""
-        return float((self.predictions == labels).double().mean())
+        """The share of digits read rightly, 0 to 1; `labels` is `[n, 4]`."""
+        return float((self.found == labels).double().mean())
 
 
 def make_variants(
@@ -112,12 +113,12 @@ def compile_variant(variant: Variant, sample: Tensor) -> None:
     variant.compile_seconds = time.perf_counter() - start
 
 
-def batches(digits: Digits, size: int) -> list[Tensor]:
+def batches(numbers: Numbers, size: int) -> list[Tensor]:
     """The images in batches of exactly `size`, the last one filled up with its own first image.
 
     A shorter last batch would be another shape, and a second compilation of every variant.
     """
-    parts = list(digits.images.split(size))
+    parts = list(numbers.images.split(size))
     missing = size - len(parts[-1])
     parts[-1] = torch.cat([parts[-1], parts[-1][:1].expand(missing, -1, -1, -1)])
     return parts
@@ -125,7 +126,7 @@ def batches(digits: Digits, size: int) -> list[Tensor]:
 
 @torch.no_grad()
 def run_batch(variants: Sequence[Variant], batch: Tensor, turn: int, count: int) -> None:
-    """Run and time every variant on one batch, and keep its first `count` predictions.
+    """Run and time every variant on one batch, and keep what it read in the first `count` images.
 
     The variants take turns, so that a slow moment of the machine is shared by all, and `turn` rotates who goes first.
     """
@@ -133,6 +134,6 @@ def run_batch(variants: Sequence[Variant], batch: Tensor, turn: int, count: int)
     for variant in [*variants[start_at:], *variants[:start_at]]:
         start = time.perf_counter()
         logits = variant.call(batch)
-        variant.batch_size = len(batch)
         variant.seconds.append(time.perf_counter() - start)
-        variant.predictions = torch.cat([variant.predictions, logits[:count].argmax(1)])
+        variant.batch_size = len(batch)
+        variant.found = torch.cat([variant.found, read_digits(logits[:count])])

@@ -28,6 +28,12 @@ ARCHITECTURE: dict[str, Any] = {
 }
 
 
+def patch_grid() -> tuple[int, int]:
+    """Rows and columns of patches that the model sees."""
+    height, width = ARCHITECTURE["img_size"]
+    return height // ARCHITECTURE["patch_size"], width // ARCHITECTURE["patch_size"]
+
+
 def build_model(**overrides: Any) -> nn.Module:
     """An untrained model: `timm.models.VisionTransformer(**ARCHITECTURE)`, with `overrides` on top.
 

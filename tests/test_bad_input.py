@@ -1,0 +1,312 @@
+"""What happens when something is wrong: each case ends in its own message or its documented result."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tofu_fx
+from tests.harness import EAGER, compiled, relative_error, same_bits
+from tests.zoo.handwritten import DEPTH, DIM, EinsumAttention, Plain
+from tofu_fx import OptionError, PassError, PlanError, TofuError, TofuWarning, pipeline
+
+X = torch.randn(2, 24, DIM, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return Plain(EinsumAttention).eval()
+
+
+@pytest.fixture(autouse=True)
+def _no_grad(request: pytest.FixtureRequest) -> Any:
+    with torch.set_grad_enabled("with_grad" in request.node.name):
+        yield
+
+
+def failure(model: Any, x: Tensor = X, **options: Any) -> BaseException:
+    """What the backend raised, as torch.compile's user finds it inside BackendCompilerFailed."""
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as caught:
+        torch.compile(model, backend="tofu", options=options)(x)
+    error = caught.value.inner_exception
+    assert error is not None
+    assert str(error) in str(caught.value)
+    return error
+
+
+def fallback(model: Any, x: Any = X, **options: Any) -> tuple[Any, list[str]]:
+    """Outputs with on_error="fallback", and the TofuWarnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        outputs = compiled(model, **{"on_error": "fallback", **options})(x)
+    return outputs, [str(w.message) for w in caught if issubclass(w.category, TofuWarning)]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"ration": 0.5}, ["unknown option 'ration'", "did you mean 'ratio'"]),
+        ({"ratio": "half"}, ["option 'ratio'", "[0, 1)", "'half'"]),
+        ({"ratio": 1.0}, ["option 'ratio'", "[0, 1)", "1.0"]),
+        ({"ratio": -0.1}, ["option 'ratio'", "[0, 1)", "-0.1"]),
+        ({"r": 2, "ratio": 0.5}, ["ratio", "r", "not both"]),
+        ({"r": -1}, ["'r'", "negative"]),
+        ({"r": 1.5}, ["option 'r'", "int", "1.5"]),
+        ({"r": [1, 2]}, ["'r' lists 2", f"{DEPTH} attention sites"]),
+        ({"strategy": "melt"}, ["option 'strategy'", "melt"]),
+        ({"inner_backend": "nothing"}, ["option 'inner_backend'", "nothing"]),
+    ],
+)
+def test_wrong_options_are_errors_that_name_the_key(model: nn.Module, options: dict[str, Any], words: list[str]) -> None:
+    error = failure(model, **{"inner_backend": "eager", **options})
+    assert isinstance(error, OptionError)
+    assert all(word in str(error) for word in words), str(error)
+
+
+def test_r_that_leaves_no_token_is_capped_and_the_warning_says_the_cap(model: nn.Module) -> None:
+    outputs, messages = fallback(model, r=1000)
+    assert outputs.shape == (2, 10)
+    assert any("r = 1000 capped at 12: 24 tokens" in message for message in messages), messages
+    assert [row.tokens_out for row in tofu_fx.explain(model, X, options={"r": 1000}).sites] == [12, 6, 3]
+
+
+def test_plan_of_another_model_names_the_first_site_that_differs(model: nn.Module) -> None:
+    plan = tofu_fx.explain(model, X[:, :20], options={"r": 2}).plan
+    error = failure(model, plan=plan, **EAGER)
+    assert isinstance(error, PlanError)
+    assert re.search("site 0 has tokens 24 in the graph, 20 in the plan", str(error))
+
+
+def test_plan_with_too_few_sites_says_which_is_missing(model: nn.Module) -> None:
+    plan = tofu_fx.explain(model, X, options={"r": 2}).plan
+    error = failure(model, plan=tofu_fx.Plan(sites=plan.sites[:2]), **EAGER)
+    assert "2 sites, the graph 3" in str(error)
+    assert "attentions.2" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, ["cannot be read", "No such file"]),
+        ("{", ["is not JSON"]),
+        (json.dumps({"sites": [], "color": 1}), ["color"]),
+        (json.dumps({"version": 1, "sites": [{"id": "a"}]}), ["sites.0."]),
+        (json.dumps({"version": 7, "sites": []}), ["version"]),
+    ],
+)
+def test_plan_file_that_cannot_be_used_is_an_error_that_names_the_file(
+    model: nn.Module, tmp_path: Path, content: str | None, words: list[str]
+) -> None:
+    path = tmp_path / "plan.json"
+    if content is not None:
+        path.write_text(content)
+    error = failure(model, plan=str(path), **EAGER)
+    assert isinstance(error, PlanError)
+    assert all(word in str(error) for word in [str(path), *words]), str(error)
+
+
+def test_model_without_attention_warns_and_runs_untouched() -> None:
+    model = nn.Sequential(nn.Linear(DIM, DIM), nn.GELU()).eval()
+    outputs, messages = fallback(model)
+    assert messages == ["tofu_fx: nothing was accelerated: the graph has no attention"]
+    assert same_bits(outputs, model(X))
+
+
+def test_attention_over_one_free_token_is_declined_with_the_reason() -> None:
+    class Two(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(torch.cat([self.norms[0].weight.expand(x.shape[0], 1, -1), x], 1))
+
+    _, messages = fallback(Two(EinsumAttention).eval(), X[:, :1])
+    assert len(messages) == 1
+    assert "too few tokens: 2, of which 1 are protected" in messages[0]
+
+
+def test_nan_inputs_give_nan_outputs_of_their_own_sample_only(model: nn.Module) -> None:
+    x = X.clone()
+    x[1, 5] = float("nan")
+    outputs = compiled(model, r=4)(x)
+    assert outputs[1].isnan().all()
+    assert torch.equal(outputs[0], compiled(model, r=4)(X)[0])
+
+
+class Between(nn.Module):
+    """A model with something of one's own between its blocks."""
+
+    def __init__(self, between: Any) -> None:
+        super().__init__()
+        self.inside, self.between = Plain(EinsumAttention), between
+
+    def forward(self, x: Tensor) -> Tensor:
+        m = self.inside
+        for i in range(DEPTH):
+            x = x + m.attentions[i](m.norms[2 * i](x))
+            x = x + m.mlps[i](m.norms[2 * i + 1](x))
+            x = self.between(x)
+        return m.head(x.mean(1))
+
+
+@torch.library.custom_op("tofu_tests::reverse_tokens", mutates_args=())
+def reverse_tokens(x: Tensor) -> Tensor:
+    """An op that the compiler has never heard of, which needs the tokens in their places."""
+    return x.flip(1)
+
+
+reverse_tokens.register_fake(torch.empty_like)
+
+
+@pytest.mark.parametrize("op", ["sort", "cumsum", "custom"])
+def test_op_without_a_rule_gets_whole_tokens_and_the_right_result(op: str) -> None:
+    seen: list[tuple[int, ...]] = []
+    ops = {
+        "sort": lambda x: x + x.sort(1).values * 0.1,
+        "cumsum": lambda x: x + x.cumsum(1) * 0.1,
+        "custom": lambda x: x + reverse_tokens(x),
+    }
+    model = Between(ops[op]).eval()
+    explained = tofu_fx.explain(model, X, options={"r": 4})
+    assert any(op in barrier or "reverse_tokens" in barrier for barrier in explained.barriers)
+    assert explained.matched == DEPTH
+    plan = tofu_fx.Plan(
+        sites=[row.model_copy(update={"strategy": "permute", "r": 0}) for row in explained.plan.sites]
+    )
+    assert relative_error(compiled(model, plan=plan)(X), model(X)) < 1e-5
+    assert compiled(model, r=4)(X).isfinite().all()
+    del seen
+
+
+def test_graph_break_between_blocks_reduces_both_graphs() -> None:
+    def broken(x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return x
+
+    model = Between(broken).eval()
+    explained = tofu_fx.explain(model, X, options={"r": 4})
+    assert len(explained.graphs) == DEPTH + 1
+    assert [row.reason for row in explained.sites] == [""] * DEPTH
+    outputs, _ = fallback(model, r=4)
+    assert outputs.shape == (2, 10)
+    assert 1e-3 < relative_error(outputs, model(X)) < 2
+
+
+def test_no_compiler_for_inductor_is_one_clear_error(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda *a, **k: None)
+    error = failure(model)
+    assert type(error) is TofuError
+    assert "C++ compiler" in str(error)
+    assert "apt-get install g++" in str(error)
+
+
+def test_activation_checkpointing_with_grad_falls_back_to_the_untouched_graph() -> None:
+    class Checkpointed(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
+
+    model = Checkpointed(EinsumAttention)
+    outputs, messages = fallback(model)
+    assert same_bits(outputs, model(X))
+    assert len(messages) == 1
+    assert "higher-order op" in messages[0]
+    assert "checkpoint" in messages[0]
+
+
+class Halved(torch.autograd.Function):
+    """A gradient of one's own, which inlining would lose."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 1
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad / 2
+
+
+def test_autograd_function_with_grad_falls_back_and_keeps_its_gradient() -> None:
+    model = Between(Halved.apply)
+    x, y = X.clone().requires_grad_(), X.clone().requires_grad_()
+    outputs, messages = fallback(model, x)
+    outputs.sum().backward()
+    model(y).sum().backward()
+    assert len(messages) == 1
+    assert "autograd_function" in messages[0]
+    assert relative_error(x.grad, y.grad) < 1e-6
+
+
+def test_tokens_changed_in_place_through_a_view_stay_whole() -> None:
+    def change(x: Tensor) -> Tensor:
+        x[:, 3:9].mul_(2.0)
+        return x
+
+    model = Between(change).eval()
+    outputs, messages = fallback(model, r=4)
+    reduced = {row.id: row.reason for row in tofu_fx.explain(model, X, options={"r": 4}).sites}
+    assert any("in place" in reason for reason in reduced.values())
+    assert outputs.shape == (2, 10)
+    assert len([m for m in messages if "nothing was accelerated" in m]) == (not any(r == "" for r in reduced.values()))
+    if not any(reason == "" for reason in reduced.values()):
+        assert same_bits(outputs, model(X))
+
+
+def test_attention_weights_that_are_returned_keep_their_site_whole() -> None:
+    class Weights(Plain):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            m = self.attentions[1]
+            q, k = (p(x).unflatten(-1, (4, -1)) for p in (m.q, m.k))
+            return super().forward(x), torch.einsum("bqhd,bkhd->bhqk", q, k).softmax(-1)
+
+    model = Weights(EinsumAttention).eval()
+    outputs, _ = fallback(model, r=4)
+    assert outputs[1].shape == (2, 4, 24, 24)
+    assert torch.equal(outputs[1], model(X)[1])
+
+
+class Causal(nn.Module):
+    """Attention that looks back only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(DIM, 3 * DIM), nn.Linear(DIM, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(out.transpose(1, 2).flatten(2))
+
+
+def test_causal_attention_is_declined_and_the_result_is_plain() -> None:
+    model = Plain(Causal).eval()
+    outputs, messages = fallback(model)
+    assert len(messages) == 1
+    assert "every attention was declined" in messages[0]
+    assert "causal" in messages[0]
+    assert same_bits(outputs, model(X))
+
+
+@pytest.mark.parametrize("name", [p.__name__ for p in pipeline.PASSES])
+def test_pass_that_raises_leaves_the_plain_result_and_one_warning(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def broken(compilation: Any) -> None:
+        compilation.at = compilation.gm.graph.output_node().prev
+        raise RuntimeError("on purpose")
+
+    broken.__name__ = name
+    monkeypatch.setattr(pipeline, "PASSES", tuple(broken if p.__name__ == name else p for p in pipeline.PASSES))
+    outputs, messages = fallback(model, r=4)
+    assert same_bits(outputs, model(X))
+    assert len(messages) == 1
+    assert re.search(rf"pass {name} failed at node \w+.*\(.*handwritten\.py:\d+\).*on purpose", messages[0])
+    error = failure(model, r=4, **EAGER)
+    assert isinstance(error, PassError)
+    assert f"pass {name} failed at node" in str(error)
