@@ -1,7 +1,7 @@
 """A dense model on fewer tokens: DINOv2 saliency maps of photographs, plain against `backend="tofu"`.
 
     python examples/saliency.py                                # 84 photographs, r = 12 in each of 12 layers
-    python examples/saliency.py --every 1 --threads 8          # all 250
+    python examples/saliency.py --every 1                      # all 250
     python examples/saliency.py --strategy mlerp switched      # the paper's order, switched after --switch 3 layers
     python examples/saliency.py --strategy mlerp --speed       # images/s through inductor besides
 
@@ -19,7 +19,9 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +100,25 @@ def compile_variant(variant: Variant, model: SaliencyModel, inner_backend: str) 
     return torch.compile(model, backend="tofu", options=options, dynamic=False)
 
 
-def run_maps(call: Callable[[Tensor], Tensor], images: Tensor, batch: int, advance: Callable[[int], None]) -> Tensor:
-    """All maps `[n, 1, 224, 224]`. A last batch that is not full is filled up, so that one shape is compiled."""
-    maps = []
-    for part in images.split(batch):
+def run_maps(
+    call: Callable[[Tensor], Tensor], images: Tensor, batch: int, workers: int, advance: Callable[[int], None]
+) -> Tensor:
+    """All maps `[n, 1, 224, 224]`, `workers` batches at a time.
+
+    A last batch that is not full is filled up, so that one shape is compiled.
+    """
+
+    @torch.no_grad()  # which is a setting of each thread
+    def maps_of(part: Tensor) -> Tensor:
         missing = min(batch, len(images)) - len(part)
-        maps.append(call(torch.cat([part, images[:missing]]))[: len(part)])
+        maps = call(torch.cat([part, images[:missing]]))[: len(part)]
         advance(len(part))
-    return torch.cat(maps)
+        return maps
+
+    first, *others = images.split(batch)
+    with ThreadPoolExecutor(workers) as pool:
+        # The first one compiles; the others start when it is done.
+        return torch.cat([maps_of(first), *pool.map(maps_of, others)])
 
 
 def images_per_second(call: Callable[[Tensor], Tensor], images: Tensor) -> float:
@@ -191,7 +204,9 @@ def draw(
 
 
 def run(args: argparse.Namespace, console: Console) -> None:
-    torch.set_num_threads(args.threads)
+    # One thread a batch and several batches at a time: threads that share a batch wait for each other, which on cores
+    # that others keep busy takes longer than not sharing.
+    torch.set_num_threads(1)
     model, photos = load_model(args.model), load_photos(args.photos, args.every)
     images = normalise(photos)
     batch = images[: args.batch]
@@ -206,7 +221,9 @@ def run(args: argparse.Namespace, console: Console) -> None:
         for variant in variants:
             task = progress.add_task(variant.label, total=len(images))
             call = compile_variant(variant, model, "eager")
-            variant.maps = run_maps(call, images, args.batch, lambda n, task=task: progress.advance(task, n))
+            advance = partial(progress.advance, task)
+            variant.maps = run_maps(call, images, args.batch, args.threads, advance)
+        torch.set_num_threads(args.threads)
         for variant in variants if args.speed else ():
             task = progress.add_task(f"inductor: {variant.label}", total=1)
             variant.images_per_second = images_per_second(compile_variant(variant, model, "inductor"), batch)
@@ -245,8 +262,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--switch", type=int, default=3, help="layers that 'switched' prunes in")
     parser.add_argument("--every", type=int, default=3, help="take every n-th photograph")
     parser.add_argument("--batch", type=int, default=12)
-    # Threads that wait for each other on cores that others keep busy take twice as long as one.
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; give it more on an idle machine")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--speed", action="store_true", help="measure images/s through inductor (minutes of compiling)")
     parser.add_argument("--output", type=Path, default=Path("tofu_saliency.png"), help="the picture to write")
     args = parser.parse_args()

@@ -34,9 +34,7 @@ def test_model_is_as_accurate_as_its_metadata_says() -> None:
     with torch.no_grad():
         found = torch.cat([read_digits(model(images)) for images in test.images.split(100)])
     accuracy = float((found == test.labels).double().mean())
-    # A digit more or less can go to rounding on another machine.
-    assert accuracy >= read_facts()["test_accuracy"] - 1 / test.labels.numel()
-    assert accuracy >= 0.98
+    assert accuracy >= read_facts()["test_accuracy"] >= 0.98
 
 
 def test_split_is_whole_disjoint_and_the_same_every_time() -> None:

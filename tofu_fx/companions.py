@@ -109,6 +109,8 @@ def consumer_dims(tracer: AxisTracer, node: Node, value: Node) -> tuple[Dim, ...
         return scores_dims(tracer, node)
     if is_op(node, "matmul", "bmm") and len(own) > 2:
         return (*tracer.of(node)[:-2], *own[-2:])
+    if is_op(node, "einsum"):
+        return _einsum_dims(tracer, node, value)
     if is_op(node, "baddbmm", "addmm"):
         return tracer.of(node) if value is node.args[0] else own
     elementwise = torch.Tag.pointwise in getattr(node.target, "tags", ()) or is_op(node, "prelu", "copy")
@@ -119,3 +121,17 @@ def scores_dims(tracer: AxisTracer, node: Node) -> tuple[Dim, ...]:
     """The dims of a fused attention's scores: batch and heads, queries, keys."""
     q, k = (tracer.of(argument(node, name)) for name in ("query", "key"))
     return (*tracer.of(node)[:-2], q[-2], k[-2])
+
+
+def _einsum_dims(tracer: AxisTracer, node: Node, value: Node) -> tuple[Dim, ...]:
+    """An operand's dims, where another operand's equal label carries tokens: that one's."""
+    operands: Any = node.args[1]
+    terms = str(node.args[0]).replace(" ", "").split("->")[0].split(",")
+    tokens = {
+        label: dim
+        for term, operand in zip(terms, operands, strict=True)
+        for label, dim in zip(term, tracer.of(operand), strict=True)
+        if any(atom.is_token for atom in dim)
+    }
+    own = terms[operands.index(value)]
+    return tuple(tokens.get(label, dim) for label, dim in zip(own, tracer.of(value), strict=True))

@@ -82,7 +82,7 @@ class Emitter:
                     node.meta[key] = self.origin.meta[key]
 
 
-def _sizes(emit: Emitter, dims: Sequence[Sequence[Atom]], count: Count) -> list[Count]:
+def shape_of(emit: Emitter, dims: Sequence[Sequence[Atom]], count: Count) -> list[Count]:
     """A shape for dims given as atoms: the token axis has ``count`` positions now, the one symbolic dim is -1."""
     sizes: list[Count] = []
     for dim in dims:
@@ -118,22 +118,22 @@ class Layout:
         if order == sorted(order) and len(self.batch) == len(rest) == 1 and len(self.axes) == 3:
             return node
         if any(len(dim) != 1 for dim in self.axes):
-            node = emit.call(aten.reshape.default, node, _sizes(emit, [(atom,) for atom in flat], count))
+            node = emit.call(aten.reshape.default, node, shape_of(emit, [(atom,) for atom in flat], count))
         if order != sorted(order):
             node = emit.call(aten.permute.default, node, order)
         dims = [[flat[i] for i in part] for part in (order[: len(self.batch)], [order[len(self.batch)]], rest)]
-        return emit.call(aten.reshape.default, node, _sizes(emit, dims, count))
+        return emit.call(aten.reshape.default, node, shape_of(emit, dims, count))
 
     def from_canonical(self, emit: Emitter, node: Node, count: Count) -> Node:
         """The inverse of ``to_canonical``, for a tensor that now has ``count`` tokens."""
         flat, order = self._flat(), self._order()
         if order == sorted(order) and len(self.batch) == 1 and len(order) == 3 and len(self.axes) == 3:
             return node
-        node = emit.call(aten.reshape.default, node, _sizes(emit, [(flat[i],) for i in order], count))
+        node = emit.call(aten.reshape.default, node, shape_of(emit, [(flat[i],) for i in order], count))
         if order != sorted(order):
             node = emit.call(aten.permute.default, node, [order.index(i) for i in range(len(order))])
         if any(len(dim) != 1 for dim in self.axes):
-            node = emit.call(aten.reshape.default, node, _sizes(emit, self.axes, count))
+            node = emit.call(aten.reshape.default, node, shape_of(emit, self.axes, count))
         return node
 
     def _flat(self) -> list[Atom]:
@@ -172,7 +172,7 @@ def align(emit: Emitter, node: Node, dims: Sequence[Dim], place: int, batch: tup
             full.append(-1 if atom in batch else atom.size)
         if not mixed:
             split, full = [*split, 1], [*full, -1]
-        merged.append(_sizes(emit, [dim], 0)[0] if mixed else 1)
+        merged.append(shape_of(emit, [dim], 0)[0] if mixed else 1)
     node = emit.once(aten.view.default, node, tuple(split))
     if any(size != -1 for size in full):
         node = emit.call(aten.expand.default, node, full)

@@ -17,7 +17,7 @@ from torch.fx.node import map_arg
 from tofu_fx.companions import Companions, scores_dims
 from tofu_fx.compilation import Compilation
 from tofu_fx.graphs import LITERAL, argument, is_op, tensor_inputs
-from tofu_fx.layout import Count, Emitter, Layout, align, aten
+from tofu_fx.layout import Count, Emitter, Layout, align, aten, shape_of
 from tofu_fx.planning.site import Site
 from tofu_fx.streams import Stream
 from tofu_fx.tokens import Atom, Axes, Barrier, hint, token_atoms, token_dim
@@ -113,7 +113,7 @@ class Rewriter:
             if node in self.chain:
                 value = self.env[node, version]
                 self.env[node, 0] = stream.restore(self.emit, value, self.layout(node), version, additive=True)
-            elif self._leads_to_chain(node):
+            elif self._leads_to_chain(node) or self._is_part(node):
                 mapping = {value: self.whole(value) for value in tensor_inputs(node) if self.native.get(value, 0)}
                 self.env[node, 0] = self._copy(node, mapping)
             else:
@@ -129,6 +129,13 @@ class Rewriter:
                 return False
             node = sources[0]
         return True
+
+    def _is_part(self, node: Node) -> bool:
+        """Whether a node holds other tokens than the stream (a slice ahead of a dense head): cut from the whole."""
+        sources = [value for value in tensor_inputs(node) if self.native.get(value, 0)]
+        stream = self.stream_of(node)
+        assert stream is not None
+        return is_op(node, *_ROW_WISE) and len(sources) == 1 and self.tracer.tokens(node)[0] != stream.run
 
     # ---- writing a node --------------------------------------------------------------------------------------------
 
@@ -302,6 +309,13 @@ class Rewriter:
         run = axes[place][0]
         if self.native.get(key, 0) != version:
             raise Barrier("the keys are not of the tokens that are reduced")
+        if any(len(dim) > 1 and i not in (place, feature) for i, dim in enumerate(axes)):  # bmm: [B*H, N, D]
+            apart = [[d] if i in (place, feature) else [(atom,) for atom in d] for i, d in enumerate(axes)]
+            place, feature = (sum(map(len, apart[:i])) for i in (place, feature))
+            axes = [dim for dims in apart for dim in dims]
+            node = self.emit.call(
+                aten.reshape.default, node, shape_of(self.emit, axes, stream.count(self.emit, version, run))
+            )
         heads = [i for i, d in enumerate(axes) if i not in (place, feature) and not any(a in stream.batch for a in d)]
         if heads:
             node = self.emit.call(aten.mean.dim, node, heads)

@@ -181,7 +181,7 @@ def interpret(variants: Sequence[Variant], labels: Tensor) -> str:
 
 
 def _drawn(settings: Settings, variants: Sequence[Variant]) -> list[Variant]:
-    """The columns of the picture: mlerp at every ratio and auto at the highest; else the first strategy at every ratio."""
+    """The columns of the picture: mlerp at every ratio (or the first strategy asked for), and auto at the highest."""
     shown = "mlerp" if "mlerp" in settings.strategies else settings.strategies[0]
     columns = [variant for variant in variants if variant.strategy == shown]
     highest = [variant for variant in variants if (variant.strategy, variant.ratio) == ("auto", max(settings.ratios))]
