@@ -78,8 +78,8 @@ def make_variants(strategies: Sequence[str], r: int, switch: int, plan: tofu_fx.
     """The plain model, then a variant for each strategy; `plan` is what the switched one is edited from."""
     layers = len(plan.sites)
     labels = {
-        SWITCHED: f"prune in {switch}, mlerp after",
-        "auto": f"auto: prune in {-(-layers // 2)}, mlerp after",
+        SWITCHED: f"prune {switch}, then mlerp",
+        "auto": f"auto: prune {-(-layers // 2)}, then mlerp",
     }
     variants = [Variant("plain", "plain", None)]
     for strategy in strategies:
@@ -153,8 +153,8 @@ def make_table(variants: Sequence[Variant], explanation: tofu_fx.Explanation, ti
 
 
 def fill_photo(photo: Tensor, groups: Tensor) -> Tensor:
-    """A photo `[3, S, S]` with every group of patches in its mean colour; a patch that is alone keeps its pixels."""
-    return torch.stack([fill_groups(channel, groups, GRID) for channel in photo])
+    """A photo `[3, S, S]`, its `groups` `[16, 16]` in their mean colours; a patch that is alone keeps its pixels."""
+    return torch.stack([fill_groups(channel, groups) for channel in photo])
 
 
 def draw(
@@ -196,9 +196,10 @@ def draw(
         axes.imshow(tofu[column, 0].numpy(), cmap="magma", vmin=0, vmax=1)
         axes.text(6, 216, f"error {errors[column]:.4f}", fontsize=8, color="white", bbox=box)
         axes = axes_at(3, column)
-        filled = fill_photo(photos[column], groups[column]).permute(1, 2, 0).numpy()
+        cells = groups[column].view(GRID, GRID)
+        filled = fill_photo(photos[column], cells).permute(1, 2, 0).numpy()
         axes.imshow(filled, extent=(0, GRID, GRID, 0))
-        borders = group_borders(groups[column], GRID)
+        borders = group_borders(cells)
         axes.add_collection(need("matplotlib.collections").LineCollection(borders, colors="white", linewidths=0.6))
     figure.savefig(path, dpi=130)
 

@@ -10,13 +10,11 @@ are still read, and the result has the same dtype and shape. Anything else stays
 
 from __future__ import annotations
 
-import operator
-
 import torch
 from torch.fx import GraphModule, Node
 
 from tofu_fx.compilation import Compilation
-from tofu_fx.graphs import argument, copy_graph
+from tofu_fx.graphs import argument, copy_graph, is_alias
 
 
 def functionalize_inplace(compilation: Compilation) -> None:
@@ -61,8 +59,8 @@ def _is_private(target: Node, place: dict[Node, int], at: int) -> bool:
     todo = [target]
     while todo:
         value = todo.pop()
-        family = [user for user in value.users if _is_alias(user) and place[user] < at]
-        if _is_alias(value):
+        family = [user for user in value.users if is_alias(user) and place[user] < at]
+        if is_alias(value):
             if value.op != "call_function":
                 return False
             family += value.all_input_nodes
@@ -70,18 +68,6 @@ def _is_private(target: Node, place: dict[Node, int], at: int) -> bool:
         shared.update(family)
     later = (user for value in shared - {target} for user in value.users if place[user] > at)
     return next(later, None) is None
-
-
-def _is_alias(node: Node) -> bool:
-    """Whether the result may share memory with an input: views, and ops such as contiguous that only sometimes copy."""
-    if node.target is operator.getitem:
-        return True
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return True  # a placeholder or something unknown: the caller's memory
-    name = schema.name.removeprefix("aten::")
-    maybe = ("reshape", "contiguous", "to", "flatten", "expand_as", "view_as", "reshape_as", "type_as", "dropout")
-    return name in maybe or (not schema.is_mutable and any(r.alias_info is not None for r in schema.returns))
 
 
 def _same_form(target: Node, node: Node) -> bool:

@@ -47,7 +47,13 @@ class Reducer:
             raise Undecided
         merged, self.size, assignment, kept = reference_fuse(x, metric, size, r, strategy, self.lead, self.tail)
         self.origin = kept if self.origin is None else self.origin.gather(1, kept)
-        step = {"before": x.clone(), "merged": merged, "assignment": assignment, "size": size, "additive": self.additive}
+        step = {
+            "before": x.clone(),
+            "merged": merged,
+            "assignment": assignment,
+            "size": size,
+            "additive": self.additive,
+        }
         self.steps.append({**step, "kept": kept, "strategy": strategy})
         self.additive = True
         return merged.clone()  # the model may change its stream in place

@@ -67,7 +67,9 @@ def fallback(model: Any, x: Any = X, **options: Any) -> tuple[Any, list[str]]:
         ({"inner_backend": "nothing"}, ["option 'inner_backend'", "nothing"]),
     ],
 )
-def test_wrong_options_are_errors_that_name_the_key(model: nn.Module, options: dict[str, Any], words: list[str]) -> None:
+def test_wrong_options_are_errors_that_name_the_key(
+    model: nn.Module, options: dict[str, Any], words: list[str]
+) -> None:
     error = failure(model, **{"inner_backend": "eager", **options})
     assert isinstance(error, OptionError)
     assert all(word in str(error) for word in words), str(error)
@@ -178,9 +180,7 @@ def test_op_without_a_rule_gets_whole_tokens_and_the_right_result(op: str) -> No
     explained = tofu_fx.explain(model, X, options={"r": 4})
     assert any(op in barrier or "reverse_tokens" in barrier for barrier in explained.barriers)
     assert explained.matched == DEPTH
-    plan = tofu_fx.Plan(
-        sites=[row.model_copy(update={"strategy": "permute", "r": 0}) for row in explained.plan.sites]
-    )
+    plan = tofu_fx.Plan(sites=[row.model_copy(update={"strategy": "permute", "r": 0}) for row in explained.plan.sites])
     assert relative_error(compiled(model, plan=plan)(X), model(X)) < 1e-5
     assert compiled(model, r=4)(X).isfinite().all()
 
@@ -188,18 +188,23 @@ def test_op_without_a_rule_gets_whole_tokens_and_the_right_result(op: str) -> No
 def test_graph_break_between_blocks_reduces_both_graphs() -> None:
     class Broken(Plain):
         def forward(self, x: Tensor) -> Tensor:
-            for i in range(DEPTH):
-                x = x + self.attentions[i](self.norms[2 * i](x))
-                x = x + self.mlps[i](self.norms[2 * i + 1](x))
-                if i == 1:
-                    torch._dynamo.graph_break()
-            return self.head(x.mean(1))
+            x = self.block(self.block(x, 0), 1)
+            torch._dynamo.graph_break()
+            return self.head(self.block(x, 2).mean(1))
+
+        def block(self, x: Tensor, i: int) -> Tensor:
+            x = x + self.attentions[i](self.norms[2 * i](x))
+            return x + self.mlps[i](self.norms[2 * i + 1](x))
 
     torch.manual_seed(0)
     model = Broken(EinsumAttention).eval()
     explained = tofu_fx.explain(model, X, options={"r": 4})
     assert len(explained.graphs) == 2
-    assert [(row.graph, row.reason, row.tokens_in) for row in explained.sites] == [(0, "", 24), (0, "", 20), (1, "", 24)]
+    assert [(row.graph, row.reason, row.tokens_in) for row in explained.sites] == [
+        (0, "", 24),
+        (0, "", 20),
+        (1, "", 24),
+    ]
     outputs, messages = fallback(model, r=4)
     assert not messages
     assert outputs.shape == (2, 10)

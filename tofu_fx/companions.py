@@ -77,9 +77,19 @@ class Companions:
                 for place in places:
                     index = stream.kept(self.emit, version, dims[place][0])
                     index = align(self.emit, index, dims, place, stream.batch)
-                    table = self.emit.call(aten.take_along_dim.default, table, index, place)
+                    table = self._expanded(table, index, place)
+                    table = self.emit.call(aten.gather.default, table, place, self._expanded(index, table, place))
             self._rebased[key] = table
         return self._rebased[key]
+
+    def _expanded(self, node: Node, other: Node, place: int) -> Node:
+        """A tensor broadcast to another in all dims but one. (take_along_dim would make a symbolic batch a number.)"""
+        sizes: list[Any] = [-1] * node.meta["val"].dim()
+        for d, (size, wanted) in enumerate(zip(node.meta["val"].shape, other.meta["val"].shape, strict=True)):
+            if d != place and _is_one(size) and not _is_one(wanted):
+                sizes[d] = self.emit.call(aten.sym_size.int, other, d)
+        grows = any(isinstance(size, Node) or size != -1 for size in sizes)
+        return self.emit.call(aten.expand.default, node, sizes) if grows else node
 
     def _is_older_feature(self, value: Node, dims: tuple[Dim, ...], stream: Stream) -> bool:
         """Features of the same tokens from before the stream (a long skip) are merged; tables and masks are gathered.
@@ -91,6 +101,10 @@ class Companions:
         single = sum(any(atom.is_token for atom in dim) for dim in dims) == 1
         batched = not stream.batch or any(atom in stream.batch for dim in self.tracer.of(value) for atom in dim)
         return value in self.tracer.depends and tensor.is_floating_point() and full and single and batched
+
+
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
 
 
 def consumer_dims(tracer: AxisTracer, node: Node, value: Node) -> tuple[Dim, ...]:

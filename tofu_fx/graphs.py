@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -46,6 +47,18 @@ def is_op(node: Any, *names: str) -> bool:
     """Whether a node calls one of these ATen ops, any overload: ``is_op(node, "add", "sub")``."""
     packet = getattr(getattr(node, "target", None), "_schema", None)
     return packet is not None and packet.name.removeprefix("aten::") in names
+
+
+def is_alias(node: Node) -> bool:
+    """Whether the result may share memory with an input: views, and ops such as contiguous that only sometimes copy."""
+    if node.target is operator.getitem:
+        return True
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return True  # a placeholder or something unknown: the caller's memory
+    name = schema.name.removeprefix("aten::")
+    maybe = ("reshape", "contiguous", "to", "flatten", "expand_as", "view_as", "reshape_as", "type_as", "dropout")
+    return name in maybe or (not schema.is_mutable and any(r.alias_info is not None for r in schema.returns))
 
 
 def value_graph(graph: Graph) -> nx.DiGraph[Node]:

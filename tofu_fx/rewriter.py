@@ -188,9 +188,17 @@ class Rewriter:
         self.emit.origin = node
         mapping = {value: self.whole(value) for value in tensor_inputs(node) if self.native.get(value, 0)}
         if node.op == "output":
-            return map_arg(node.args[0], lambda n: self._mapped(n, mapping))
+            return map_arg(node.args[0], lambda n: self._as_traced(n, self._mapped(n, mapping)))
         self.env[node, 0] = self._copy(node, mapping)
         return None
+
+    def _as_traced(self, old: Node, new: Any) -> Any:
+        """An output in the memory layout that the caller saw traced (convolutions take theirs from their input)."""
+        was, now = old.meta.get("val"), new.meta.get("val") if isinstance(new, Node) else None
+        if not isinstance(was, torch.Tensor) or not isinstance(now, torch.Tensor):
+            return new
+        moved = was.is_contiguous() and not now.is_contiguous()
+        return self.emit.call(aten.contiguous.default, new) if moved else new
 
     def _copy(self, node: Node, mapping: dict[Node, Any]) -> Any:
         return self.emit.copy(node, lambda n: self._mapped(n, mapping))

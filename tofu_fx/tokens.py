@@ -227,6 +227,13 @@ class Space:
                 where += atom.size
             else:
                 return (Atom(first.base, first.offset - ahead, total),)
+        dependent = [i for i, (_, size, depends) in enumerate(parts) if depends and size == 1]
+        if not runs and len(dependent) == 1:  # a single token behind prefix tokens
+            ahead = sum(size for _, size, _ in parts[: dependent[0]])
+            key = (*key, "one of", ahead)
+            if key not in self._derived:
+                self._derived[key] = Atom(Base(name, 1), -ahead, total)
+            return (self._derived[key],)
         if any(atoms[i].is_token for i in runs):  # type: ignore[union-attr]
             raise Barrier("tokens are concatenated along their own axis with others")
         if key not in self._derived:

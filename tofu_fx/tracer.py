@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from tofu_fx.graphs import source_line, tensor_inputs
+from tofu_fx.graphs import is_alias, source_line, tensor_inputs
 from tofu_fx.tokens import Atom, Axes, Barrier, Dim, Space, dim_size, hint, token_atoms
 
 Seed = Callable[["AxisTracer", Axes], Axes]
@@ -125,6 +125,9 @@ class AxisTracer:
             self.depends.add(node)
         carried = {atom for value in inputs for atom in self.tokens(value)}
         self._dropped = False
+        if not carried and self._changes_tokens(node):
+            reason = "it changes a view of a tensor of tokens in place"
+            self.barriers.append(BarrierRecord(node, reason, (), fatal=True))
         try:
             axes = self._apply_rule(node, bool(carried))
             kept = set(token_atoms(axes) if _is_axes(axes) else [a for part in axes for a in token_atoms(part)])
@@ -137,6 +140,20 @@ class AxisTracer:
                 self.barriers.append(BarrierRecord(node, str(barrier), values, self._is_fatal(node, values)))
         if axes is not None:
             self.axes[node] = axes
+
+    def _changes_tokens(self, node: Node) -> bool:
+        """Whether an op writes to memory that a tensor of tokens may share."""
+        if not getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+            return False
+        seen, todo = set(), tensor_inputs(node)
+        while todo:
+            value = todo.pop()
+            if self.tokens(value):
+                return True
+            if value not in seen and value.op == "call_function" and is_alias(value):
+                todo.extend(tensor_inputs(value))
+            seen.add(value)
+        return False
 
     def _apply_rule(self, node: Node, carries: bool) -> Any:
         if getattr(node.target, "_schema", None) is not None and node.target._schema.is_mutable and carries:  # type: ignore[union-attr]
