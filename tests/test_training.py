@@ -89,7 +89,7 @@ def test_autocast_forward_reduces_and_stays_near_float32() -> None:
             outputs, plain = call(x), model(x)
     assert outputs.dtype == plain.dtype
     assert outputs.isfinite().all()
-    # bfloat16 keeps 8 bits: 0.4% a rounding, a dozen of them in a row. Near ties may merge another pair, at r = 1 of 36.
+    # bfloat16 keeps 8 bits: 0.4% a rounding, a dozen of them in a row. A near tie may merge another pair, one of 36.
     assert relative_error(outputs.float(), exact) < 0.1
 
 

@@ -62,7 +62,8 @@ class InputFakes:
         value = node.meta["val"]
         if self.shared and isinstance(value, torch.Tensor):
             fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-            new.meta["val"] = fake.requires_grad_(value.requires_grad)
+            # Lowering detached the values; whether a gradient is wanted is what Dynamo noted.
+            new.meta["val"] = fake.requires_grad_(node.meta.get("example_value", value).requires_grad)
         return new
 
     def token_count(self, graph: Graph, site: Site) -> Count:
