@@ -92,8 +92,6 @@ def make_variants(strategies: Sequence[str], r: int, switch: int, plan: tofu_fx.
 
 def compile_variant(variant: Variant, model: SaliencyModel, inner_backend: str) -> Callable[[Tensor], Tensor]:
     """The variant as a function of a batch, compiled at its first call; plain eager is the model itself."""
-    # Variants share one forward, and Dynamo counts recompilations by code object.
-    torch._dynamo.reset()
     if variant.options is None:
         return model if inner_backend == "eager" else torch.compile(model, backend=inner_backend, dynamic=False)
     options = {**variant.options, "inner_backend": inner_backend}
@@ -121,14 +119,20 @@ def run_maps(
         return torch.cat([maps_of(first), *pool.map(maps_of, others)])
 
 
-def images_per_second(call: Callable[[Tensor], Tensor], images: Tensor) -> float:
-    """Images of one batch over the median time of a call, the compiling one not counted."""
-    seconds = []
-    for _ in range(SPEED_CALLS + 1):
-        start = time.perf_counter()
-        call(images)
-        seconds.append(time.perf_counter() - start)
-    return len(images) / statistics.median(seconds[1:])
+def measure_speed(
+    calls: Sequence[Callable[[Tensor], Tensor]], images: Tensor, advance: Callable[[int], None]
+) -> list[float]:
+    """Images a second of each call: those of one batch over the median time, the first, compiling one not counted."""
+    seconds: list[list[float]] = [[] for _ in calls]
+    for turn in range(SPEED_CALLS + 1):
+        # In turns, so that whatever else the machine does meets all of them.
+        for call, taken in zip(calls, seconds, strict=True):
+            start = time.perf_counter()
+            call(images)
+            if turn:
+                taken.append(time.perf_counter() - start)
+            advance(1)
+    return [len(images) / statistics.median(taken) for taken in seconds]
 
 
 def make_table(variants: Sequence[Variant], explanation: tofu_fx.Explanation, title: str) -> Table:
@@ -217,18 +221,21 @@ def run(args: argparse.Namespace, console: Console) -> None:
     variants = make_variants(args.strategy, args.r, args.switch, explanation.plan)
     plain, *reduced = variants
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    # Variants share one forward, and Dynamo stops after eight compilations of one code object.
+    room = torch._dynamo.config.patch(recompile_limit=64)
+    with room, Progress(*columns, console=console) as progress:
         for variant in variants:
             task = progress.add_task(variant.label, total=len(images))
             call = compile_variant(variant, model, "eager")
             advance = partial(progress.advance, task)
             variant.maps = run_maps(call, images, args.batch, args.threads, advance)
         torch.set_num_threads(args.threads)
-        for variant in variants if args.speed else ():
-            task = progress.add_task(f"inductor: {variant.label}", total=1)
-            call = compile_variant(variant, model, "inductor")
-            variant.images_per_second = images_per_second(call, images[: args.batch])
-            progress.advance(task)
+        if args.speed:
+            task = progress.add_task("compiling with inductor, then in turns", total=len(variants) * (SPEED_CALLS + 1))
+            calls = [compile_variant(variant, model, "inductor") for variant in variants]
+            rates = measure_speed(calls, images[: args.batch], partial(progress.advance, task))
+            for variant, rate in zip(variants, rates, strict=True):
+                variant.images_per_second = rate
         task = progress.add_task("drawing", total=1)
         shown = next((variant for variant in reduced if variant.name == "mlerp"), reduced[0])
         # Evenly spread over what was measured: no choosing of photogenic ones.

@@ -33,7 +33,7 @@ CARRIED: dict[str, Function] = {
     "rms_norm": lambda x: F.rms_norm(x, (C,)),
     "softmax over features": lambda x: x.softmax(-1),
     "gelu": F.gelu,
-    "hardswish": F.hardswish,
+    "hardswish": lambda x: F.hardswish(x),
     "add a table of features": lambda x: x + TABLE,
     "clamp": lambda x: x.clamp(-1, 1),
     "where": lambda x: torch.where(x > 0, x, -x),
@@ -147,7 +147,7 @@ def test_ops_that_need_the_tokens_in_their_places_are_barriers_with_a_reason(nam
     function, reason = BARRIER[name]
     tracer, output = traced(function)
     assert tracer.barriers
-    assert reason in str(tracer.barriers[0])
+    assert any(reason in str(barrier) for barrier in tracer.barriers)
     assert not tracer.tokens(output)
 
 

@@ -213,7 +213,7 @@ class Space:
         if any(atoms[i].is_token for i in runs):  # type: ignore[union-attr]
             runs = [i for i in runs if atoms[i].is_token]  # type: ignore[union-attr]
         bases = {atoms[i].base for i in runs}  # type: ignore[union-attr]
-        key = tuple(atom or size for atom, (_, size, _) in zip(atoms, parts, strict=True))
+        key: tuple[Any, ...] = tuple(atom or size for atom, (_, size, _) in zip(atoms, parts, strict=True))
         total = sum(size for _, size, _ in parts)
         if len(bases) == 1:
             ahead = sum(size for _, size, _ in parts[: runs[0]])
