@@ -23,33 +23,23 @@ NAMES = [p.__name__ for p in PASSES]
 
 def run(model: Any, *inputs: Any, skip: tuple[str, ...] = (), **options: Any) -> tuple[Compilation, Any, Any]:
     """The pipeline on a model's graph: the compilation, what the rewritten graph gives, what the traced one gives."""
-    found: list[Compilation] = []
+    found: list[Any] = []
 
     def backend(gm: GraphModule, _: Any) -> Any:
         before = gm.code
-        found.append(run_pipeline(gm, Options.parse({**EAGER, **options}), skip))
+        compilation = run_pipeline(gm, Options.parse({**EAGER, **options}), skip)
         assert gm.code == before
-        return lambda *args: (found[0].gm(*args), gm(*args))
-
-    class Both(nn.Module):
-        def forward(self, *args: Any) -> Any:
-            return model(*args)
-
-    torch._dynamo.reset()
-    results: list[Any] = []
-
-    def keep(gm: GraphModule, example: Any) -> Any:
-        both = backend(gm, example)
 
         def call(*args: Any) -> Any:
-            results.append(both(*args))
-            return results[-1][1]
+            found.extend((compilation, compilation.gm(*args), gm(*args)))
+            return found[2]
 
         return call
 
+    torch._dynamo.reset()
     with torch.no_grad():
-        torch.compile(model, backend=keep)(*inputs)
-    return found[0], *results[0]
+        torch.compile(model, backend=backend)(*inputs)
+    return found[0], found[1], found[2]
 
 
 def test_runner_times_every_pass_in_its_order_and_leaves_the_traced_graph_alone() -> None:
@@ -155,11 +145,10 @@ def test_verification_refuses_an_output_of_another_shape(monkeypatch: pytest.Mon
     passes = tuple(shorten if p.__name__ == "insert_reductions" else p for p in PASSES)
     monkeypatch.setattr(pipeline, "PASSES", passes)
     entry = ZOO["vit"]
-    with pytest.raises(
-        torch._dynamo.exc.BackendCompilerFailed, match=r"output 0 is .*\(2, 3\).*traced as .*\(2, 10\)"
-    ) as e:
+    failed = torch._dynamo.exc.BackendCompilerFailed
+    with pytest.raises(failed, match=r"output 0 is .*\(2, 3\).*traced as .*\(2, 10\)") as error:
         run(entry.model(), entry.inputs(), r=4)
-    assert isinstance(e.value.inner_exception, PassError)
+    assert isinstance(error.value.inner_exception, PassError)
 
 
 @pytest.mark.parametrize("fault", ["call_method", "no value", "placeholder"])

@@ -52,7 +52,7 @@ def test_regrouping_keeps_every_position(sizes: list[int], cuts: list[int], data
 
 def _parts(sizes: list[int], cuts: list[int]) -> list[list[int]]:
     places = sorted({min(cut, len(sizes)) for cut in cuts} | {0, len(sizes)})
-    return [sizes[a:b] for a, b in zip(places[:-1], places[1:], strict=True)]
+    return [sizes[places[i] : places[i + 1]] for i in range(len(places) - 1)]
 
 
 def test_splitting_the_tokens_into_a_grid_is_a_barrier_that_says_the_numbers() -> None:
