@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections import Counter
 
 from tofu_fx.compilation import Compilation
-from tofu_fx.graphs import module_path
-from tofu_fx.patterns import find_attentions
+from tofu_fx.graphs import is_op, module_path
+from tofu_fx.patterns import OPAQUE, find_attentions
 from tofu_fx.planning.site import Attention, Decline, Site
 from tofu_fx.rules import find_rule
 from tofu_fx.tokens import Axes, Barrier, Dim, dim_size
@@ -45,6 +45,11 @@ def _site(tracer: AxisTracer, attention: Attention, name: str, path: str) -> Sit
 
 
 def _reason(tracer: AxisTracer, attention: Attention, queries: Dim, keys: Dim) -> str | None:
+    if is_op(attention.node, *OPAQUE):
+        return (
+            "PyTorch's fused inference path hides the attention: call torch.backends.mha.set_fastpath_enabled(False) "
+            "before compiling"
+        )
     if attention.causal:
         return "causal attention: a token must not see what is merged into it from later ones"
     if any(atom.base.kind == "feature" for atom in keys) and any(atom.base.kind == "feature" for atom in queries):

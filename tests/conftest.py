@@ -10,6 +10,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
+if os.environ.get("PYTEST_XDIST_WORKER"):
+    torch.set_num_threads(1)  # the workers share the cores
+
 _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 # A failure is not shrunk here: one example takes a second, and shrinking takes hundreds. Nightly does both.
 _QUICK = (Phase.explicit, Phase.generate)
@@ -23,6 +26,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 @pytest.fixture(autouse=True)
 def _fresh_dynamo() -> Any:
     """No compiled code or recompile limit of one test reaches another; the thread count is the caller's."""
+    torch.backends.mha.set_fastpath_enabled(False)  # it hides the attention; test_bad_input.py switches it on
     yield
     torch._dynamo.reset()
 

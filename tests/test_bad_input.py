@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import tofu_fx
 from tests.harness import EAGER, compiled, relative_error, same_bits
+from tests.zoo import ZOO
 from tests.zoo.handwritten import DEPTH, DIM, EinsumAttention, Plain
 from tofu_fx import OptionError, PassError, PlanError, TofuError, TofuWarning, pipeline
 
@@ -328,3 +329,12 @@ def test_pass_that_raises_leaves_the_plain_result_and_one_warning(
     error = failure(model, r=4, **EAGER)
     assert isinstance(error, PassError)
     assert f"pass {name} failed at node" in str(error)
+
+
+def test_fused_encoder_layers_are_declined_and_the_reason_says_what_to_call() -> None:
+    model = ZOO["encoder_pre_norm"].model()
+    torch.backends.mha.set_fastpath_enabled(True)
+    outputs, messages = fallback(model)
+    assert len(messages) == 1
+    assert "torch.backends.mha.set_fastpath_enabled(False)" in messages[0]
+    assert same_bits(outputs, model(X))

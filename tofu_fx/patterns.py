@@ -16,6 +16,8 @@ from torch.fx import Graph, Node
 from tofu_fx.graphs import argument, is_op, tensor_inputs, walk_back
 from tofu_fx.planning.site import Attention
 
+#: whole layers in one op: what nn.TransformerEncoder and nn.MultiheadAttention become in eval mode without gradients
+OPAQUE = ("_transformer_encoder_layer_fwd", "_native_multi_head_attention")
 PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
 _BETWEEN = tuple(
     "mul div add sub rsub masked_fill where to _to_copy type_as contiguous clone dropout clamp tanh alias detach "  # noqa: SIM905
@@ -31,6 +33,8 @@ def find_attentions(graph: Graph) -> Iterator[Attention]:
     for node in graph.nodes:
         if is_op(node, "scaled_dot_product_attention"):
             yield _fused(node)
+        elif is_op(node, *OPAQUE):
+            yield Attention(node, node.args[0], -2, node.args[0], -2, -1)
         elif is_op(node, "softmax", "_softmax"):
             found = _written(node)
             if found is not None:

@@ -198,7 +198,7 @@ def _draw(settings: Settings, model: nn.Module, variants: Sequence[Variant], tes
             (groups,) = tofu_fx.token_groups(model, images, options=variant.options)
         speed = plain.median_seconds / variant.median_seconds
         notes = [f"{plain.tokens} to {variant.tokens} tokens", f"accuracy {variant.accuracy(test.labels):.2%}"]
-        notes += [] if settings.quick else [f"{speed:.2f}x the speed"]
+        notes += [] if settings.quick else [f"{speed:.2f}x"]
         # The class token comes first and is no patch.
         maps.append(TokenMap(variant.label, notes, groups[:, 1:].cpu(), variant.found[:SHOWN]))
     whole = f"{plain.label}: accuracy {plain.accuracy(test.labels):.2%}"
