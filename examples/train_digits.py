@@ -4,7 +4,7 @@
     python examples/train_digits.py --epochs 2 --fine-epochs 1 --output try.safetensors
 
 The model is timm's own VisionTransformer; token reduction takes no part in the training. Most epochs run with 4x4
-patches, 65 tokens instead of 257, which takes a fifth of the time; then timm resamples the patch and position
+patches, 65 tokens instead of 257, which is far quicker; then timm resamples the patch and position
 embeddings to 2x2 patches and the last epochs fine-tune those.
 While training, a second head names each digit from the mean of its own patches: without that, it takes the class token
 long to find out that there are four digits to look at. The second head is thrown away.
@@ -54,8 +54,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 def initialise(model: nn.Module) -> None:
     """Start where a narrow model learns quickly: Xavier weights in the blocks, sines and cosines as positions.
 
-    timm's own start (a deviation of 0.02 everywhere) suits layers several times as wide: from there, this model names
-    half of the test digits after eight epochs; from here, after three.
+    timm's own start (a deviation of 0.02 everywhere) suits layers several times as wide.
     """
     for layer in model.get_submodule("blocks").modules():
         if isinstance(layer, nn.Linear):

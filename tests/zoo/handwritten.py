@@ -63,7 +63,7 @@ class EinsumAttention(nn.Module):
         self.q, self.k, self.v, self.out = (nn.Linear(DIM, DIM) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (proj(x).unflatten(-1, (HEADS, -1)) for proj in (self.q, self.k, self.v))
+        q, k, v = (proj(x).view(*x.shape[:2], HEADS, -1) for proj in (self.q, self.k, self.v))
         weights = torch.einsum("bqhd,bkhd->bhqk", q, k).div((DIM // HEADS) ** 0.5).softmax(-1)
         return self.out(torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2))
 

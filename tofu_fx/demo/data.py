@@ -2,8 +2,7 @@
 
 1797 real scans of 8x8 grey levels, 1197 to train on and 600 to test on. Four of them side by side, upscaled to 16x64,
 make a number to read: with 2x2 patches a vision transformer sees 8x32 patches, one for each scanned pixel, and a class
-token. A single digit would be too easy: a class token that has looked at 257 tokens once needs none of them again, and
-no way of reducing them could go wrong.
+token, 257 tokens in all.
 """
 
 from __future__ import annotations
