@@ -5,6 +5,7 @@ Batches are handled flat: a "row" is a place in `[B * N]`, so one index selects 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -71,7 +72,10 @@ def match(metric: Tensor, r: int, num_prefix: int, num_suffix: int) -> Reduction
     candidates, partners = (free + 1) // 2, free // 2
     rows = unit_rows(metric[:, num_prefix : num_prefix + free])
     height = _round_up(candidates, _CANDIDATE_TILE)
-    with torch.autocast(metric.device.type, enabled=False):
+    # Entering autocast costs as much as the product of a small batch.
+    device = metric.device.type
+    full = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    with full:
         score = torch.bmm(rows[:, : 2 * height : 2], rows[:, 1::2].transpose(1, 2))
     score[:, :, partners:] = -torch.inf
     # A maximum with its place is scalar code on CPU. So find plain maxima of blocks first, and look for places only in

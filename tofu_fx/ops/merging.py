@@ -123,7 +123,8 @@ def mlerp_gradient(grad: Tensor, x: Tensor, size: Tensor, reduction: Reduction, 
     rows = x.index_select(0, groups.member).to(_wide(x.dtype))
     weight = size.index_select(0, groups.member).to(rows.dtype)
     summed = groups.sum(rows, weights=weight)
-    largest, chosen = _largest(rows, groups)
+    norm, largest = _largest(rows, groups)
+    chosen = _largest_member(norm, largest, groups)
     length = torch.linalg.vector_norm(summed, dim=1)
     zero = (length == 0).unsqueeze(1)
     spread = grad.index_select(0, reduction.place)
@@ -162,21 +163,26 @@ def _mlerp(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
     rows = x.index_select(0, groups.member).to(_wide(x.dtype))
     # The sum has the direction of the mean. Weights are whole numbers as a rule, so members that cancel do so exactly.
     summed = groups.sum(rows, weights=weight.to(rows.dtype))
-    largest, chosen = _largest(rows, groups)
+    norm, largest = _largest(rows, groups)
     length = torch.linalg.vector_norm(summed, dim=1)
     values = summed.mul_((largest / length).unsqueeze(1)).to(x.dtype)
     zero = length == 0
     if groups.padded or zero.any():
+        chosen = _largest_member(norm, largest, groups)
         values = torch.where(zero.unsqueeze(1), x.index_select(0, chosen), values)
     return values
 
 
 def _largest(rows: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
-    """Return each group's largest norm `[G]` among rows `[L, C]`, and the member `[G]` that has it (ties: first)."""
+    """Return the norms `[L]` of rows `[L, C]`, and each group's largest `[G]`."""
     norm = torch.linalg.vector_norm(rows, dim=1)
-    largest = norm.index_select(0, groups.start).scatter_reduce_(0, groups.group, norm, "amax")
+    return norm, norm.index_select(0, groups.start).scatter_reduce_(0, groups.group, norm, "amax")
+
+
+def _largest_member(norm: Tensor, largest: Tensor, groups: Groups) -> Tensor:
+    """Return the member `[G]` of each group that has its largest norm (ties: first)."""
     # A NaN norm equals nothing and keeps the destination; the result is NaN whichever member it is.
     none = torch.iinfo(torch.int64).max
     candidate = torch.where(norm == largest.index_select(0, groups.group), groups.member, none)
     chosen = torch.full_like(groups.target, none).scatter_reduce_(0, groups.group, candidate, "amin")
-    return largest, torch.where(chosen == none, groups.target, chosen)
+    return torch.where(chosen == none, groups.target, chosen)
