@@ -10,7 +10,7 @@ tofu map, merged tokens. The head needs every token in its place on the 16 x 16 
 the graph and restores whole tokens there, so nothing in the model knows that it ran on fewer.
 
 The weights and photographs are not part of this repository: give their places with --model and --photos.
-The first line takes about 95 s of CPU time; on two cores that several other jobs used as well, it took 3 minutes.
+The first line takes about 85 s of CPU time; on two cores that other jobs kept busy as well, 2 to 3 minutes.
 """
 
 from __future__ import annotations

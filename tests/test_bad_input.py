@@ -17,6 +17,7 @@ import tofu_fx
 from tests.harness import EAGER, compiled, relative_error, same_bits
 from tests.zoo import ZOO
 from tests.zoo.handwritten import DEPTH, DIM, EinsumAttention, Plain
+from tests.zoo.odd import Between, Causal, Halved, Weights, reverse_tokens
 from tofu_fx import OptionError, PassError, PlanError, TofuError, TofuWarning, pipeline
 
 X = torch.randn(2, 24, DIM, generator=torch.Generator().manual_seed(3))
@@ -145,31 +146,6 @@ def test_nan_inputs_give_nan_outputs_of_their_own_sample_only(model: nn.Module) 
     assert torch.equal(outputs[0], compiled(model, r=4)(X)[0])
 
 
-class Between(nn.Module):
-    """A model with something of one's own between its blocks."""
-
-    def __init__(self, between: Any) -> None:
-        super().__init__()
-        self.inside, self.between = Plain(EinsumAttention), between
-
-    def forward(self, x: Tensor) -> Tensor:
-        m = self.inside
-        for i in range(DEPTH):
-            x = x + m.attentions[i](m.norms[2 * i](x))
-            x = x + m.mlps[i](m.norms[2 * i + 1](x))
-            x = self.between(x)
-        return m.head(x.mean(1))
-
-
-@torch.library.custom_op("tofu_tests::reverse_tokens", mutates_args=())
-def reverse_tokens(x: Tensor) -> Tensor:
-    """An op that the compiler has never heard of, which needs the tokens in their places."""
-    return x.flip(1)
-
-
-reverse_tokens.register_fake(torch.empty_like)
-
-
 @pytest.mark.parametrize("op", ["sort", "cumsum", "custom"])
 def test_op_without_a_rule_gets_whole_tokens_and_the_right_result(op: str) -> None:
     ops = {
@@ -234,18 +210,6 @@ def test_activation_checkpointing_with_grad_falls_back_to_the_untouched_graph() 
     assert "checkpoint" in messages[0]
 
 
-class Halved(torch.autograd.Function):
-    """A gradient of one's own, which inlining would lose."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x * 1
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad / 2
-
-
 def test_autograd_function_with_grad_falls_back_and_keeps_its_gradient() -> None:
     model = Between(Halved.apply)
     x, y = X.clone().requires_grad_(), X.clone().requires_grad_()
@@ -277,30 +241,14 @@ def test_tokens_changed_in_place_where_it_shows_keep_the_right_values(change: st
     assert plan.sites or any("in place" in message for message in messages)
 
 
-def test_attention_weights_that_are_returned_keep_their_site_whole() -> None:
-    class Weights(Plain):
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            m = self.attentions[1]
-            q, k = (p(x).unflatten(-1, (4, -1)) for p in (m.q, m.k))
-            return super().forward(x), torch.einsum("bqhd,bkhd->bhqk", q, k).softmax(-1)
-
-    model = Weights(EinsumAttention).eval()
+def test_attention_weights_that_are_returned_keep_the_tokens_that_they_are_of_whole() -> None:
+    model = Weights().eval()
+    reasons = [row.reason for row in tofu_fx.explain(model, X, options={"r": 4}).sites]
+    assert "attention weights are returned" in reasons[0]
     outputs, _ = fallback(model, r=4)
+    plain = model(X)
     assert outputs[1].shape == (2, 4, 24, 24)
-    assert torch.equal(outputs[1], model(X)[1])
-
-
-class Causal(nn.Module):
-    """Attention that looks back only."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.out = nn.Linear(DIM, 3 * DIM), nn.Linear(DIM, DIM)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out(out.transpose(1, 2).flatten(2))
+    assert torch.equal(outputs[1], plain[1])
 
 
 def test_causal_attention_is_declined_and_the_result_is_plain() -> None:

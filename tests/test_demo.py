@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -126,8 +127,15 @@ def test_table_has_a_row_a_variant_and_every_measure() -> None:
         "tokens", "GFLOPs\nan image", "accuracy", "images/s", "speed-up"
     ]  # fmt: skip
     assert [list(column.cells)[1] for column in table.columns][:7] == [
-        "prune", "0.5", "99", "1.000 (50%)", "90.00%", "80", "2.00x"
+        "prune", "0.5", "99", "1.00 (50%)", "90.00%", "80", "2.00x"
     ]  # fmt: skip
+
+
+def test_table_fits_a_terminal_of_80_columns() -> None:
+    labels = torch.zeros(25, 4, dtype=torch.long)
+    table = run.make_table([_measured("plain", 1.0, 98, 2e9), _measured("mlerp", 0.5, 90, 1e9)], labels)
+    with open(os.devnull, "w") as nowhere:
+        assert Console(width=200, file=nowhere).measure(table).maximum <= 80
 
 
 def test_groups_are_filled_with_their_mean_and_lone_patches_stay() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -69,6 +70,7 @@ def run_demo(settings: Settings, console: Console, progress_console: Console) ->
     # The last step's package is asked for first: nobody should wait minutes to read that it is missing.
     need("matplotlib")
     start = time.perf_counter()
+    busy = _busy()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     model, test = load_model(), load_test_numbers()
@@ -88,8 +90,21 @@ def run_demo(settings: Settings, console: Console, progress_console: Console) ->
         console.print("A quick run: few images and uncompiled kernels; its speeds and accuracies say little.")
     else:
         console.print(interpret(variants, test.labels), highlight=False)
+    if busy:
+        console.print(busy, highlight=False)
     console.print(f"Picture: {settings.output} ({time.perf_counter() - start:.0f} s in all)", highlight=False)
     return variants
+
+
+def _busy() -> str:
+    """A warning if other programs already keep half of the processors at work, else nothing."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    processors = os.cpu_count() or 1
+    if load <= processors / 2:
+        return ""
+    return (
+        f"Other programs were running (load {load:.1f} on {processors} processors): the speeds are not to be trusted."
+    )
 
 
 @contextmanager
@@ -138,7 +153,7 @@ def make_table(variants: Sequence[Variant], labels: Tensor) -> Table:
     """What was measured, a row a variant; speed-up is plain's median time over the row's."""
     plain = variants[0]
     # Narrow enough for a terminal of 80 columns.
-    table = Table(title=f"Plain {plain.inner_backend} against tofu", box=box.SIMPLE_HEAD, padding=(0, 1))
+    table = Table(title=f"Plain {plain.inner_backend} against tofu", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("strategy", "ratio", "tokens", "GFLOPs\nan image", "accuracy", "images/s", "speed-up", "compile"):
         table.add_column(name, justify="left" if name == "strategy" else "right", no_wrap=True)
     for variant in variants:
@@ -147,7 +162,7 @@ def make_table(variants: Sequence[Variant], labels: Tensor) -> Table:
             variant.strategy,
             "" if is_plain else f"{variant.ratio:g}",
             str(variant.tokens),
-            f"{variant.flops / 1e9:.3f} ({variant.flops / plain.flops:.0%})",
+            f"{variant.flops / 1e9:.2f} ({variant.flops / plain.flops:.0%})",
             f"{variant.accuracy(labels):.2%}",
             f"{variant.images_per_second:.0f}",
             f"{plain.median_seconds / variant.median_seconds:.2f}x",
