@@ -14,21 +14,31 @@ from tofu_fx.compilation import Compilation
 from tofu_fx.graphs import LITERAL, tensor_inputs
 from tofu_fx.inputs import InputFakes, faking
 from tofu_fx.layout import Emitter
-from tofu_fx.planning.site import Decline
+from tofu_fx.planning.site import Decline, Site
 from tofu_fx.rewriter import Rewriter
 from tofu_fx.tokens import Barrier
+
+
+class _SiteLost(Exception):
+    """One site cannot be served; the stream can."""
+
+    def __init__(self, site: Site, reason: str) -> None:
+        super().__init__(reason)
+        self.site = site
 
 
 def insert_reductions(compilation: Compilation) -> None:
     """Replace ``compilation.gm``; every node of the new graph has its fake value.
 
-    A stream that turns out to meet something that cannot be served is given up, and the others are written again.
+    A site or stream that turns out to meet something that cannot be served is given up, and the rest is written again.
     """
     while compilation.reducing:
         try:
             compilation.gm = GraphModule(compilation.gm, _write(compilation))
             compilation.token_counts = [site.tokens_out for site in compilation.reducing if compilation.shared_kernels]
             return
+        except _SiteLost as lost:
+            _give_up_site(compilation, lost.site, str(lost))
         except Barrier as barrier:
             _give_up(compilation, str(barrier))
 
@@ -63,7 +73,19 @@ def _write_nodes(compilation: Compilation, inputs: InputFakes, new: Graph) -> No
             rewriter.write(node)
         if node in reductions:
             number, site = reductions[node]
-            rewriter.reduce(site, counts[node], seed=number)
+            try:
+                rewriter.reduce(site, counts[node], seed=number)
+            except Barrier as barrier:
+                raise _SiteLost(site, str(barrier)) from None
+
+
+def _give_up_site(compilation: Compilation, site: Site, reason: str) -> None:
+    """Decline one site; those behind it take as many tokens as planned, from more."""
+    assert site.reduce_at is not None
+    site.decline = Decline(reason, site.reduce_at)
+    for later in compilation.sites[compilation.sites.index(site) + 1 :]:
+        if later.matched and later.stream == site.stream:
+            later.tokens_in, later.tokens_out = later.tokens_in + site.r, later.tokens_out + site.r
 
 
 def _give_up(compilation: Compilation, reason: str) -> None:

@@ -94,8 +94,11 @@ class Companions:
     def _is_older_feature(self, value: Node, dims: tuple[Dim, ...], stream: Stream) -> bool:
         """Features of the same tokens from before the stream (a long skip) are merged; tables and masks are gathered.
 
-        A feature tensor depends on the input, is floating point and has the shape of what it meets, batch included.
+        A feature tensor depends on the input, is floating point and has the shape of what it meets, batch included. One
+        vector expanded over all tokens (a class token beside each patch) has nothing to merge.
         """
+        if is_op(value, "expand", "expand_as", "broadcast_to", "repeat"):
+            return False
         tensor = value.meta["val"]
         full = [dim_size(dim) for dim in self.tracer.of(value)] == [dim_size(dim) for dim in dims]
         single = sum(any(atom.is_token for atom in dim) for dim in dims) == 1

@@ -24,33 +24,6 @@ from tofu_fx.tokens import Atom, Axes, Barrier, hint, token_atoms, token_dim
 from tofu_fx.tracer import AxisTracer
 
 _SAME = ("contiguous", "clone", "alias", "detach", "lift_fresh")
-_ROW_WISE = [
-    "layer_norm",
-    "rms_norm",
-    "linear",
-    "to",
-    "_to_copy",
-    "type_as",
-    "view",
-    "reshape",
-    "flatten",
-    "unflatten",
-    "permute",
-    "transpose",
-    "gelu",
-    "silu",
-    "relu",
-    "tanh",
-    "sigmoid",
-    "mul",
-    "div",
-    "add",
-    "sub",
-    "neg",
-    "unsqueeze",
-    "squeeze",
-    "slice",
-]
 
 
 @dataclass
@@ -66,6 +39,7 @@ class Rewriter:
     native: dict[Node, int] = field(default_factory=dict)
     #: nodes that are the residual stream since its last reduction, with nothing but additions in between
     chain: set[Node] = field(default_factory=set)
+    _row_wise: dict[Node, bool] = field(default_factory=dict)
 
     @property
     def tracer(self) -> AxisTracer:
@@ -103,39 +77,48 @@ class Rewriter:
     def whole(self, node: Node) -> Any:
         """The node with all the tokens of the traced graph.
 
-        At the residual stream this is a restore. Row-wise ops after it (the final norm, a head) are done again on the
-        whole tokens; anything else is a copy of each token's representative.
+        At the residual stream this is a restore. What each token alone decides after it (the final norm, a head, its
+        parts) is done again on the whole tokens; anything else is a copy of each token's representative.
         """
         version = self.native.get(node, 0)
         if (node, 0) not in self.env:
             stream = self.stream_of(node)
             assert stream is not None
+            sources = self._reduced_inputs(node)
             if node in self.chain:
                 value = self.env[node, version]
                 self.env[node, 0] = stream.restore(self.emit, value, self.layout(node), version, additive=True)
-            elif self._leads_to_chain(node) or self._is_part(node):
-                mapping = {value: self.whole(value) for value in tensor_inputs(node) if self.native.get(value, 0)}
-                self.env[node, 0] = self._copy(node, mapping)
+            elif self._is_row_wise_of_chain(node) or isinstance(node.meta["val"], (tuple, list)):
+                self.env[node, 0] = self._copy(node, {value: self.whole(value) for value in sources})
             else:
                 value = self.env[node, version]
                 self.env[node, 0] = stream.restore(self.emit, value, self.layout(node), version, additive=False)
         return self.env[node, 0]
 
-    def _leads_to_chain(self, node: Node) -> bool:
-        """Whether only row-wise ops lie between a node and the residual stream."""
-        while node not in self.chain:
-            sources = [value for value in tensor_inputs(node) if self.native.get(value, 0)]
-            if not is_op(node, *_ROW_WISE) or len(sources) != 1:
-                return False
-            node = sources[0]
-        return True
+    def _reduced_inputs(self, node: Node) -> list[Node]:
+        return [value for value in tensor_inputs(node) if self.native.get(value, 0)]
 
-    def _is_part(self, node: Node) -> bool:
-        """Whether a node holds other tokens than the stream (a slice ahead of a dense head): cut from the whole."""
-        sources = [value for value in tensor_inputs(node) if self.native.get(value, 0)]
-        stream = self.stream_of(node)
-        assert stream is not None
-        return is_op(node, *_ROW_WISE) and len(sources) == 1 and self.tracer.tokens(node)[0] != stream.run
+    def _is_row_wise_of_chain(self, node: Node) -> bool:
+        """Whether a node's value at each token follows from the residual stream at that token."""
+        if node not in self._row_wise:
+            sources = self._reduced_inputs(node)
+            self._row_wise[node] = node in self.chain or (
+                self._is_row_wise(node) and bool(sources) and all(self._is_row_wise_of_chain(v) for v in sources)
+            )
+        return self._row_wise[node]
+
+    def _is_row_wise(self, node: Node) -> bool:
+        """Whether an op lets no token see another.
+
+        An op that carries one token axis from each input to the output maps position to position: had it mixed them,
+        it would be a barrier, an attention, or hold the axis twice (the products of an unusual attention). Sums of two
+        are left out: in a post-norm block that is the stream itself going on, and to do a whole MLP again for it would
+        undo the reduction.
+        """
+        sources = self._reduced_inputs(node)
+        if node in self.tracer.attention_nodes or (is_op(node, "add") and len(sources) > 1):
+            return False
+        return all(len(token_atoms(part)) <= 1 for value in (node, *sources) for part in self.tracer.parts(value))
 
     # ---- writing a node --------------------------------------------------------------------------------------------
 
@@ -186,7 +169,7 @@ class Rewriter:
     def write_whole(self, node: Node) -> Any:
         """Append a barrier or the output on whole tokens."""
         self.emit.origin = node
-        mapping = {value: self.whole(value) for value in tensor_inputs(node) if self.native.get(value, 0)}
+        mapping = {value: self.whole(value) for value in self._reduced_inputs(node)}
         if node.op == "output":
             return map_arg(node.args[0], lambda n: self._as_traced(n, self._mapped(n, mapping)))
         self.env[node, 0] = self._copy(node, mapping)
@@ -197,8 +180,12 @@ class Rewriter:
         was, now = old.meta.get("val"), new.meta.get("val") if isinstance(new, Node) else None
         if not isinstance(was, torch.Tensor) or not isinstance(now, torch.Tensor):
             return new
-        moved = was.is_contiguous() and not now.is_contiguous()
-        return self.emit.call(aten.contiguous.default, new) if moved else new
+        if was.is_contiguous() == now.is_contiguous():
+            return new
+        # Dims from the widest stride to the narrowest are in the order in which they lie in memory.
+        order = sorted(range(was.dim()), key=lambda dim: -hint(was.stride(dim)))
+        new = self.emit.call(aten.contiguous.default, self.emit.call(aten.permute.default, new, order))
+        return self.emit.call(aten.permute.default, new, [order.index(dim) for dim in range(was.dim())])
 
     def _copy(self, node: Node, mapping: dict[Node, Any]) -> Any:
         return self.emit.copy(node, lambda n: self._mapped(n, mapping))
@@ -213,7 +200,7 @@ class Rewriter:
 
     def _continues_chain(self, node: Node, version: int) -> bool:
         """Whether a node is still the residual stream: an addition to it, or the same values."""
-        inputs = [value for value in tensor_inputs(node) if self.native.get(value, 0)]
+        inputs = self._reduced_inputs(node)
         chained = [value for value in inputs if value in self.chain and self.native[value] == version]
         if not chained or self.tracer.of(chained[0]) != self.tracer.of(node):
             return False

@@ -198,7 +198,8 @@ def unbind(tracer: AxisTracer, node: Node) -> tuple[Axes, ...]:
 
 
 def getitem(tracer: AxisTracer, node: Node) -> Axes:
-    """One output of an op with several."""
+    """One output of an op with several. The others may be the ones that have the tokens."""
+    tracer.drop()
     return tracer.axes[node.args[0]][node.args[1]]  # type: ignore[index]
 
 

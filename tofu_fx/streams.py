@@ -7,7 +7,9 @@ than what it meets is *rebased* to the newer version; one that must be whole is 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -17,6 +19,7 @@ from tofu_fx.layout import Count, Emitter, Layout, aten
 from tofu_fx.tokens import Atom, Barrier
 
 tofu = torch.ops.tofu
+_END = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class Stream:
     def _cut(self, emit: Emitter, node: Node, dim: int, ahead: int, behind: int) -> Node:
         """Cut protected tokens off the ends of ``dim`` (negative numbers; positive ones are ignored)."""
         if ahead < 0:
-            node = emit.once(aten.slice.Tensor, node, dim, -ahead, 2**63 - 1)
+            node = emit.once(aten.slice.Tensor, node, dim, -ahead, _END)
         if behind < 0:
             node = emit.once(aten.slice.Tensor, node, dim, 0, behind)
         return node
@@ -130,12 +133,11 @@ class Stream:
     def rebase(self, emit: Emitter, node: Node, layout: Layout, version: int) -> Node:
         """Features of the version before -> ``version``, by the same merge."""
         step = self.versions[version - 1]
-        if layout.atom != self.run:
-            raise Barrier("features over another run of tokens than the stream's meet a newer version")
         x = layout.to_canonical(emit, node, self.count(emit, version - 1, layout.atom))
         strategy = "prune" if step.strategy == "permute" else step.strategy
-        x = emit.call(tofu.rebase.default, x, step.size_before, step.assignment, step.kept, strategy)
-        return layout.from_canonical(emit, x, step.count)
+        merge = _caller(emit, tofu.rebase.default, step.size_before, step.assignment, step.kept, strategy)
+        x = self._on_own_run(emit, x, layout.atom, merge)
+        return layout.from_canonical(emit, x, self.count(emit, version, layout.atom))
 
     def restore(self, emit: Emitter, node: Node, layout: Layout, version: int, additive: bool) -> Node:
         """A tensor at ``version`` -> all tokens of version 0.
@@ -143,13 +145,29 @@ class Stream:
         Where the stream was additive each token gets its own features from before the reduction plus what its
         representative has gained since; else a copy of its representative.
         """
-        if layout.atom != self.run:
-            raise Barrier("tokens beside others that joined the stream later must be whole")
         x = layout.to_canonical(emit, node, self.count(emit, version, layout.atom))
         for step in reversed(self.versions[:version]):
-            if additive:
-                x = emit.call(tofu.restore_tokens.default, x, step.assignment, step.before, step.merged)
-            else:
-                x = emit.call(tofu.restore_tokens.default, x, step.assignment)
+            known = (step.assignment, step.before, step.merged) if additive else (step.assignment,)
+            x = self._on_own_run(emit, x, layout.atom, _caller(emit, tofu.restore_tokens.default, *known))
             additive = additive and step.additive
-        return layout.from_canonical(emit, x, self.run.size)
+        return layout.from_canonical(emit, x, layout.atom.size)
+
+    def _on_own_run(self, emit: Emitter, x: Node, run: Atom, change: Callable[[Node], Node]) -> Node:
+        """Apply ``change`` to a canonical tensor over ``run``, given over the stream's own run.
+
+        Protected tokens that the stream lacks go around it. Those that ``run`` lacks are zeros meanwhile: protected
+        tokens are never merged with others, so they spoil nothing.
+        """
+        ahead, behind = run.lead - self.run.lead, run.tail - self.run.tail
+        own = self._cut(emit, x, 1, -ahead, -behind)
+        if ahead < 0 or behind < 0:
+            own = emit.call(aten.constant_pad_nd.default, own, (0, 0, max(-ahead, 0), max(-behind, 0)), 0.0)
+        own = self._cut(emit, change(own), 1, ahead, behind)
+        outer = [emit.call(aten.slice.Tensor, x, 1, 0, ahead)] if ahead > 0 else []
+        outer.append(own)
+        outer += [emit.call(aten.slice.Tensor, x, 1, -behind, _END)] if behind > 0 else []
+        return emit.call(aten.cat.default, outer, 1) if len(outer) > 1 else own
+
+
+def _caller(emit: Emitter, target: Any, *rest: Any) -> Callable[[Node], Node]:
+    return lambda x: emit.call(target, x, *rest)

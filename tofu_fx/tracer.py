@@ -78,9 +78,13 @@ class AxisTracer:
         return self.axes[value] if isinstance(value, Node) and value in self.axes else ()
 
     def tokens(self, node: Node) -> list[Atom]:
-        """Token atoms of a node with one tensor output."""
+        """Token atoms of a node, of all its outputs together."""
+        return [atom for part in self.parts(node) for atom in token_atoms(part)]
+
+    def parts(self, node: Node) -> list[Axes]:
+        """The axes of each output of a node."""
         axes = self.axes.get(node, ())
-        return token_atoms(axes) if _is_axes(axes) else [a for part in axes for a in token_atoms(part)]
+        return [axes] if _is_axes(axes) else list(axes)
 
     def drop(self) -> None:
         """A rule says: this op may legally lose the token axis (pooling, attention keys, protected tokens)."""

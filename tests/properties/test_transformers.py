@@ -123,3 +123,11 @@ def test_mask_that_requires_a_gradient_does_not_fail_the_verification() -> None:
 
 def test_stream_of_batch_times_tokens_is_changed_in_place() -> None:
     prove(Spec(layout="merged", in_place=True, pooling="conv", attention="einsum", depth=1))
+
+
+def test_output_that_was_traced_channels_last_stays_so_at_batch_one() -> None:
+    spec = Spec(
+        layout="merged", post_norm=True, attention="matmul", residual="stream_scaled", dropout=True, mask="bool",
+        rotary=True, prefix=5, pooling="conv", in_place=True, depth=3, grid=(3, 4),
+    )  # fmt: skip
+    prove(spec, "auto", r=1, batch=1, seed=3)

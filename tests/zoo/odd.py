@@ -75,3 +75,20 @@ class Weights(Plain):
             x = x + m.out(torch.einsum("bhqk,bkhd->bqhd", weights[-1], v).flatten(2))
             x = x + self.mlps[i](self.norms[2 * i + 1](x))
         return self.head(x.mean(1)), weights[1]
+
+
+class JoinedLate(nn.Module):
+    """Another learnt token joins between the blocks, as in deep prompt tuning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.token = Plain(EinsumAttention), nn.Parameter(torch.ones(1, 1, DIM))
+
+    def forward(self, x: Tensor) -> Tensor:
+        m = self.inside
+        for i in range(DEPTH):
+            if i == 1:
+                x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1)
+            x = x + m.attentions[i](m.norms[2 * i](x))
+            x = x + m.mlps[i](m.norms[2 * i + 1](x))
+        return m.head(x.mean(1))

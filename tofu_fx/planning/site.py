@@ -67,3 +67,8 @@ class Site:
     def matched(self) -> bool:
         """Whether tokens can be reduced here."""
         return self.decline is None
+
+    @property
+    def planned(self) -> bool:
+        """Whether the schedule decided about it; the rewriter may still have given it up afterwards."""
+        return self.tokens_in > 0

@@ -174,7 +174,7 @@ def _report(outcome: Outcome, number: int) -> GraphReport:
     rows = [
         PlanRow(id=s.id, module_path=s.module_path, tokens=s.tokens, heads=s.heads, strategy=s.strategy, r=s.r)  # type: ignore[arg-type]
         for s in compilation.sites
-        if s.matched
+        if s.planned
     ]
     after = compilation.gm if compilation.reducing else compilation.before
     return GraphReport(
