@@ -7,10 +7,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import cpu
 from .checks import check_metric, check_reduction, check_strategy, check_stream
 from .gradient import gradient, save_for_gradient
 from .matching import match
 from .merging import reduce_rows
+
+
+def _fuse(
+    x: Tensor, metric: Tensor, size: Tensor, r: int, strategy: str, num_prefix: int, num_suffix: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_stream("fuse_tokens", x, size)
+    check_metric("fuse_tokens", x, metric)
+    check_strategy(strategy)
+    batch, tokens, features = x.shape
+    check_reduction("fuse_tokens", r, tokens, num_prefix, num_suffix)
+    left = tokens - r
+    if r == 0 or batch == 0:
+        place = torch.arange(tokens, device=x.device).repeat(batch, 1)
+        whole, sizes = (t[:, :left].clone(memory_format=torch.contiguous_format) for t in (x, size))
+        return whole, sizes, place, place[:, :left].clone(memory_format=torch.contiguous_format)
+    if cpu.usable(x):
+        return cpu.fuse(x, metric, size, r, strategy, num_prefix, num_suffix)
+    reduction = match(metric, r, num_prefix, num_suffix)
+    new_x, new_size = reduce_rows(x.flatten(0, 1), size.flatten(), reduction, strategy)
+    return (
+        new_x.view(batch, left, features),
+        new_size.view(batch, left),
+        (reduction.place % left).view(batch, tokens),
+        (reduction.kept % tokens).view(batch, left),
+    )
 
 
 @torch.library.custom_op("tofu::fuse_tokens", mutates_args=())
@@ -43,24 +69,7 @@ def fuse_tokens(
     Raises:
         ValueError: r out of range (it names the cap), an unknown strategy, or shapes and dtypes other than the above.
     """
-    check_stream("fuse_tokens", x, size)
-    check_metric("fuse_tokens", x, metric)
-    check_strategy(strategy)
-    batch, tokens, features = x.shape
-    check_reduction("fuse_tokens", r, tokens, num_prefix, num_suffix)
-    left = tokens - r
-    if r == 0 or batch == 0:
-        place = torch.arange(tokens, device=x.device).repeat(batch, 1)
-        whole, sizes = (t[:, :left].clone(memory_format=torch.contiguous_format) for t in (x, size))
-        return whole, sizes, place, place[:, :left].clone(memory_format=torch.contiguous_format)
-    reduction = match(metric, r, num_prefix, num_suffix)
-    new_x, new_size = reduce_rows(x.flatten(0, 1), size.flatten(), reduction, strategy)
-    return (
-        new_x.view(batch, left, features),
-        new_size.view(batch, left),
-        (reduction.place % left).view(batch, tokens),
-        (reduction.kept % tokens).view(batch, left),
-    )
+    return _fuse(x, metric, size, r, strategy, num_prefix, num_suffix)
 
 
 @fuse_tokens.register_fake

@@ -39,6 +39,17 @@ def max_reduction(num_tokens: int, num_prefix: int = 0, num_suffix: int = 0) -> 
     return max(num_tokens - num_prefix - num_suffix, 0) // 2
 
 
+def free_tokens(num_tokens: int, num_prefix: int, num_suffix: int) -> tuple[int, int, int]:
+    """Count the tokens that take part, and of these the candidates and the partners."""
+    free = num_tokens - num_prefix - num_suffix
+    return free, (free + 1) // 2, free // 2
+
+
+def padded_shape(tokens: int, features: int) -> tuple[int, int]:
+    """Round the shape `[tokens, features]` of a sample's unit rows up to whole tiles."""
+    return _round_up(tokens, 2 * _PARTNER_TILE), _round_up(features, _FEATURE_TILE)
+
+
 def unit_rows(metric: Tensor) -> Tensor:
     """Scale the rows of `metric` `[B, N, M]` to length one, in float32, at the start of a zero-padded `[B, N', M']`.
 
@@ -47,11 +58,21 @@ def unit_rows(metric: Tensor) -> Tensor:
     """
     batch, tokens, features = metric.shape
     metric = metric.float()
-    padded = metric.new_zeros((batch, _round_up(tokens, 2 * _PARTNER_TILE), _round_up(features, _FEATURE_TILE)))
+    padded = metric.new_zeros((batch, *padded_shape(tokens, features)))
     inside = padded[:, :tokens, :features]
     torch.div(metric, torch.linalg.vector_norm(metric, dim=-1, keepdim=True), out=inside)
     inside.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
     return padded
+
+
+def similarity(rows: Tensor, candidates: int) -> Tensor:
+    """Score the candidates (even rows) against the partners (odd rows) of padded unit rows, both padded."""
+    height = _round_up(candidates, _CANDIDATE_TILE)
+    # Entering autocast costs as much as the product of a small batch.
+    device = rows.device.type
+    full = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    with full:
+        return torch.bmm(rows[:, : 2 * height : 2], rows[:, 1::2].transpose(1, 2))
 
 
 def match(metric: Tensor, r: int, num_prefix: int, num_suffix: int) -> Reduction:
@@ -68,15 +89,9 @@ def match(metric: Tensor, r: int, num_prefix: int, num_suffix: int) -> Reduction
     first ones).
     """
     batch, tokens, _ = metric.shape
-    free = tokens - num_prefix - num_suffix
-    candidates, partners = (free + 1) // 2, free // 2
-    rows = unit_rows(metric[:, num_prefix : num_prefix + free])
-    height = _round_up(candidates, _CANDIDATE_TILE)
-    # Entering autocast costs as much as the product of a small batch.
-    device = metric.device.type
-    full = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-    with full:
-        score = torch.bmm(rows[:, : 2 * height : 2], rows[:, 1::2].transpose(1, 2))
+    free, candidates, partners = free_tokens(tokens, num_prefix, num_suffix)
+    score = similarity(unit_rows(metric[:, num_prefix : num_prefix + free]), candidates)
+    height = score.shape[1]
     score[:, :, partners:] = -torch.inf
     # A maximum with its place is scalar code on CPU. So find plain maxima of blocks first, and look for places only in
     # the r winning blocks. The first best block, and the first best inside it, are the first best of all.

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import cpu
 from .checks import check_strategy, check_stream
 from .gradient import gradient, save_for_gradient
 from .matching import flat_places, reduction_of
@@ -23,6 +24,8 @@ def merge_groups(x: Tensor, size: Tensor, assignment: Tensor, kept: Tensor, stra
     check_stream("rebase", x, size)
     check_strategy(strategy)
     (batch, tokens, features), left = x.shape, kept.shape[1]
+    if cpu.usable(x) and batch and left < tokens:
+        return cpu.merge(x, size, assignment, kept, strategy)
     x, size = x.flatten(0, 1), size.flatten()
     if left == tokens or batch == 0:
         rows = flat_places(kept, tokens)

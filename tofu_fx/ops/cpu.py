@@ -1,0 +1,86 @@
+"""The operators on CPU in float32, in C++: ATen's fifty small calls cost a ViT-S more than the work that they do.
+
+`matching` and `merging` say what is computed, and compute it on every other device and dtype, and where there is no C++
+compiler. The source is compiled once (about two seconds) with inductor's compiler and flags, into inductor's cache.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from importlib import resources
+
+import torch
+from torch import Tensor
+
+from .matching import free_tokens, padded_shape, similarity
+from .merging import STRATEGIES
+
+logger = logging.getLogger("tofu_fx")
+
+_POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
+#: function -> its arguments, p for a pointer and n for a number
+_SIGNATURES = {"tofu_unit_rows": "pnnnnnnnpn", "tofu_choose": "pnnnnnnnnppn", "tofu_merge": "ppppnnnnnppn"}
+
+
+def usable(x: Tensor) -> bool:
+    """Whether these functions serve a tensor. The first float32 tensor on CPU compiles them."""
+    return x.dtype == torch.float32 and x.device.type == "cpu" and library() is not None
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled functions, or None where they cannot be compiled: then ATen does the work, more slowly."""
+    from torch._inductor.codecache import CppCodeCache
+
+    source = resources.files(__package__).joinpath("cpu.cpp").read_text(encoding="utf-8")
+    try:
+        compiled: ctypes.CDLL = CppCodeCache.load(source)
+        for name, arguments in _SIGNATURES.items():
+            function = getattr(compiled, name)
+            function.argtypes = [_POINTER if kind == "p" else _NUMBER for kind in arguments]
+            function.restype = None
+    except Exception as error:  # whatever a compiler may do; nothing is lost but time
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        logger.info("token operators run on ATen, because their C++ does not compile: %s", reason)
+        return None
+    return compiled
+
+
+def fuse(
+    x: Tensor, metric: Tensor, size: Tensor, r: int, strategy: str, num_prefix: int, num_suffix: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`fuse_tokens` for 1 <= r <= max_reduction and B >= 1."""
+    (batch, tokens, _), threads = x.shape, torch.get_num_threads()
+    functions = library()
+    assert functions is not None
+    metric = metric.float().contiguous()
+    free, candidates, partners = free_tokens(tokens, num_prefix, num_suffix)
+    height, width = padded_shape(free, metric.shape[2])
+    rows = metric.new_empty((batch, height, width))
+    functions.tofu_unit_rows(
+        metric.data_ptr(), batch, tokens, metric.shape[2], num_prefix, free, height, width, rows.data_ptr(), threads
+    )
+    score = similarity(rows, candidates)
+    assignment = torch.empty((batch, tokens), dtype=torch.int64)
+    kept = torch.empty((batch, tokens - r), dtype=torch.int64)
+    functions.tofu_choose(
+        score.data_ptr(), batch, tokens, num_prefix, candidates, partners, *score.shape[1:], r,
+        assignment.data_ptr(), kept.data_ptr(), threads,
+    )  # fmt: skip
+    return *merge(x, size, assignment, kept, strategy), assignment, kept
+
+
+def merge(x: Tensor, size: Tensor, assignment: Tensor, kept: Tensor, strategy: str) -> tuple[Tensor, Tensor]:
+    """Features `[B, N, C]` and sizes `[B, N]` reduced by a given assignment."""
+    (batch, tokens, features), left = x.shape, kept.shape[1]
+    functions = library()
+    assert functions is not None
+    x, size, assignment, kept = (t.contiguous() for t in (x, size, assignment, kept))
+    new_x, new_size = x.new_empty((batch, left, features)), size.new_empty((batch, left))
+    functions.tofu_merge(
+        x.data_ptr(), size.data_ptr(), assignment.data_ptr(), kept.data_ptr(), batch, tokens, left, features,
+        STRATEGIES.index(strategy), new_x.data_ptr(), new_size.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return new_x, new_size
