@@ -11,34 +11,47 @@ from collections import Counter
 
 from tofu_fx.compilation import Compilation
 from tofu_fx.graphs import is_op, module_path
+from tofu_fx.masks import Masks
 from tofu_fx.patterns import OPAQUE, find_attentions
 from tofu_fx.planning.site import Attention, Decline, Site
 from tofu_fx.rules import find_rule
 from tofu_fx.tokens import Axes, Barrier, Dim, dim_size
-from tofu_fx.tracer import AxisTracer
+from tofu_fx.tracer import AxisTracer, trace
+
+_MASKED = {
+    "later": "causal attention: a token must not see what is merged into it from later ones",
+    "pairs": "the mask lets each token see some others only: of a merged token it would see more",
+    "unseen": "what the mask hides between pairs of tokens cannot be seen while compiling: it may be causal",
+}
 
 
 def find_attention(compilation: Compilation) -> None:
     """Fill ``compilation.attentions`` and ``compilation.sites``; set ``compilation.axes`` to the plain axes."""
     graph = compilation.gm.graph
-    tracer = AxisTracer(graph, find_rule, compilation.model_state).run()
+    tracer = trace(lambda space: AxisTracer(graph, find_rule, compilation.model_state, space=space))
     compilation.axes = tracer
     compilation.attentions = list(find_attentions(graph))
+    masks = Masks(compilation.gm, compilation.model_state, tracer.depends, compilation.example_inputs)
     names: Counter[str] = Counter()
     for attention in compilation.attentions:
         compilation.at = attention.node
         path = module_path(attention.node)
-        names[path] += 1
-        unique = path if names[path] == 1 else f"{path}#{names[path]}"
-        compilation.sites.append(_site(tracer, attention, unique or f"attention#{names[path]}", path))
+        name = path or "attention"
+        names[name] += 1
+        unique = f"{name}#{names[name]}" if names[name] > 1 else name
+        compilation.sites.append(_site(tracer, masks, attention, unique, path))
 
 
-def _site(tracer: AxisTracer, attention: Attention, name: str, path: str) -> Site:
+def _site(tracer: AxisTracer, masks: Masks, attention: Attention, name: str, path: str) -> Site:
     queries = tracer.of(attention.query)[attention.query_tokens]
     keys = tracer.of(attention.key)[attention.key_tokens]
     heads = _heads(tracer, attention)
     site = Site(name, path, attention, dim_size(keys), heads)
     reason = _reason(tracer, attention, queries, keys)
+    if reason is None:
+        hides = {mask: masks.judge(attention, mask, site.tokens) for mask in attention.masks}
+        site.padding = [mask for mask in attention.masks if hides[mask] == "keys"]
+        reason = next((_MASKED[found] for found in hides.values() if found in _MASKED), None)
     if reason:
         site.decline = Decline(reason, attention.node)
     return site
@@ -51,7 +64,7 @@ def _reason(tracer: AxisTracer, attention: Attention, queries: Dim, keys: Dim) -
             "before compiling"
         )
     if attention.causal:
-        return "causal attention: a token must not see what is merged into it from later ones"
+        return _MASKED["later"]
     if any(atom.base.kind == "feature" for atom in keys) and any(atom.base.kind == "feature" for atom in queries):
         return "attention between channels, not tokens"
     try:

@@ -20,7 +20,7 @@ from tofu_fx.graphs import argument, is_op, value_graph
 from tofu_fx.planning.site import Decline, Site
 from tofu_fx.rules import find_rule
 from tofu_fx.tokens import Atom, Axes, Base, token_atoms
-from tofu_fx.tracer import AxisTracer, Seed
+from tofu_fx.tracer import AxisTracer, Seed, trace
 
 _NEAR_THE_END = 16  # a token that the graph takes by its position this near an end is a prefix or suffix token
 _FAR = 200  # nodes: a block of the deepest model met has 60
@@ -145,7 +145,7 @@ def _protected(tokens: Atom, plain: AxisTracer) -> tuple[int, int]:
             continue
         first, last = (p + atom.size if p < 0 else min(p, atom.size) for p in (first, last))
         shift = atom.offset - tokens.offset
-        near = min(_NEAR_THE_END, tokens.size // 4)
+        near = max(1, min(_NEAR_THE_END, tokens.size // 4))
         if last + shift < near:
             lead = max(lead, last + shift + 1)
         elif first + shift >= tokens.size - near:
@@ -163,7 +163,9 @@ def _trace(compilation: Compilation, plain: AxisTracer, placed: list[Site]) -> A
         seeds[site.reduce_at] = _seed(site, dim, place, number)
     known = [a for a in compilation.attentions if not a.causal]
     nodes = frozenset(node for a in known for node in (a.node, a.softmax) if node is not None)
-    return AxisTracer(compilation.gm.graph, find_rule, compilation.model_state, seeds, nodes).run()
+    scores = frozenset(a.scores for a in known if a.scores is not None)
+    graph, state = compilation.gm.graph, compilation.model_state
+    return trace(lambda space: AxisTracer(graph, find_rule, state, seeds, nodes, scores, space))
 
 
 def _seed(site: Site, dim: int, place: int, number: int) -> Seed:

@@ -17,6 +17,7 @@ from tofu_fx.layout import Emitter
 from tofu_fx.planning.site import Decline, Site
 from tofu_fx.rewriter import Rewriter
 from tofu_fx.tokens import Barrier
+from tofu_fx.tracer import BarrierRecord
 
 
 class _SiteLost(Exception):
@@ -30,7 +31,8 @@ class _SiteLost(Exception):
 def insert_reductions(compilation: Compilation) -> None:
     """Replace ``compilation.gm``; every node of the new graph has its fake value.
 
-    A site or stream that turns out to meet something that cannot be served is given up, and the rest is written again.
+    What turns out to need whole tokens becomes a barrier, and a site or stream that even this does not serve is given
+    up; then all is written again.
     """
     while compilation.reducing:
         try:
@@ -40,7 +42,8 @@ def insert_reductions(compilation: Compilation) -> None:
         except _SiteLost as lost:
             _give_up_site(compilation, lost.site, str(lost))
         except Barrier as barrier:
-            _give_up(compilation, str(barrier))
+            if not _made_a_barrier(compilation, str(barrier)):
+                _give_up(compilation, str(barrier))
 
 
 def _write(compilation: Compilation) -> Graph:
@@ -77,6 +80,18 @@ def _write_nodes(compilation: Compilation, inputs: InputFakes, new: Graph) -> No
                 rewriter.reduce(site, counts[node], seed=number)
             except Barrier as barrier:
                 raise _SiteLost(site, str(barrier)) from None
+
+
+def _made_a_barrier(compilation: Compilation, reason: str) -> bool:
+    """Whether whole tokens may serve the node where writing stopped: it is a barrier from now on."""
+    node, tracer = compilation.at, compilation.traced
+    assert isinstance(node, Node)
+    values = tuple(value for value in tensor_inputs(node) if tracer.tokens(value))
+    tried = any(barrier.node is node for barrier in compilation.barriers)
+    if tried or node.op != "call_function" or not values or tracer.is_fatal(node, values):
+        return False
+    compilation.barriers.append(BarrierRecord(node, reason, values))
+    return True
 
 
 def _give_up_site(compilation: Compilation, site: Site, reason: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.reference import decision_margin, reference_fuse, reference_restore
+from tests.reference import decision_margin, reference_fuse, reference_restore, reference_separate
 
 # Scores are cosines computed from float32 keys. Two computations of the keys differ by about 1e-6; a decision that is
 # closer than this could fall either way, and then nothing can be compared: such a case is given up, not passed.
@@ -30,6 +30,7 @@ class Reducer:
 
     def __init__(self, rows: Sequence[tuple[str, int]], lead: int = 0, tail: int = 0, biased: bool = True) -> None:
         self.rows, self.lead, self.tail, self.biased = list(rows), lead, tail, biased
+        self.there: Tensor | None = None  # [N] bool: which of the original tokens are no padding
         self.size: Tensor | None = None
         self.origin: Tensor | None = None
         self.steps: list[dict[str, Any]] = []
@@ -41,6 +42,9 @@ class Reducer:
         strategy, r = self.rows[len(self.steps)]
         batch, tokens, _ = x.shape
         metric = keys.mean(1)
+        if self.there is not None:
+            there = self.there.expand(batch, -1) if self.origin is None else self.there[self.origin]
+            metric = reference_separate(metric, there)
         size = torch.ones(batch, tokens) if self.size is None else self.size
         self.margin = min(self.margin, decision_margin(metric, r, self.lead, self.tail)) if r else self.margin
         if self.margin < CLEAR_MARGIN:

@@ -117,16 +117,16 @@ def study(
     found = Study()
     chosen = {"name": "plain"}
 
-    def backend(gm: GraphModule, _: Any) -> Callable[..., Any]:
+    def backend(gm: GraphModule, inputs: Any) -> Callable[..., Any]:
         graphs = {"plain": gm}
         for name, options in variants.items():
-            graphs[name] = _note(found, name, gm, Options.parse({**EAGER, **options}))
+            graphs[name] = _note(found, name, gm, inputs, Options.parse({**EAGER, **options}))
         if proofs:
-            compilation = run_pipeline(gm, Options.parse({**EAGER, "r": 1}), skip=("insert_reductions",))
+            compilation = run_pipeline(gm, Options.parse({**EAGER, "r": 1}), inputs, skip=("insert_reductions",))
             found.polymorphic.append(compilation)
             graphs["polymorphic"] = compilation.gm
             plan = permutation_plan(compilation)
-            graphs["permute"] = _note(found, "permute", gm, Options.parse({**EAGER, "plan": plan}))
+            graphs["permute"] = _note(found, "permute", gm, inputs, Options.parse({**EAGER, "plan": plan}))
         return lambda *inputs: graphs[chosen["name"]](*inputs)
 
     torch._dynamo.reset()
@@ -138,8 +138,8 @@ def study(
     return found
 
 
-def _note(found: Study, name: str, gm: GraphModule, options: Options) -> GraphModule:
-    outcome = rewrite(gm, options)
+def _note(found: Study, name: str, gm: GraphModule, inputs: Any, options: Options) -> GraphModule:
+    outcome = rewrite(gm, options, inputs)
     found.outcomes.setdefault(name, []).append(outcome)
     reduced = outcome.compilation is not None and bool(outcome.compilation.reducing)
     return outcome.compilation.gm if reduced else gm  # type: ignore[union-attr]

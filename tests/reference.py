@@ -160,3 +160,13 @@ def merge_error(x: Tensor, size: Tensor, assignment: Tensor, expected: Tensor, s
             info = torch.finfo(x.dtype)
             error[b, place] = 2 * bound + info.eps * expected[b, place].double().abs() + info.tiny * info.eps
     return error
+
+
+def reference_separate(metric: Tensor, there: Tensor) -> Tensor:
+    """What padded tokens are compared by: `[B, N, M]` and bool `[B, N]` -> `[B, N, M + 1]`."""
+    rows = metric.new_zeros(*metric.shape[:2], metric.shape[2] + 1)
+    for b, i in there.nonzero().tolist():
+        rows[b, i, :-1] = 0.8 * torch.nn.functional.normalize(metric[b, i], dim=0)
+        rows[b, i, -1] = 0.6
+    rows[..., -1][~there] = -1.0
+    return rows

@@ -64,7 +64,7 @@ def test_permutation_holds_in_a_graph_with_a_symbolic_batch(name: str) -> None:
     model = entry.model()
 
     def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
-        compilation = run_pipeline(gm, Options.parse({**EAGER, "r": 1}), skip=("insert_reductions",))
+        compilation = run_pipeline(gm, Options.parse({**EAGER, "r": 1}), inputs, skip=("insert_reductions",))
         return tofu(gm, inputs, options={**EAGER, "plan": permutation_plan(compilation)})
 
     torch._dynamo.reset()

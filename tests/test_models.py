@@ -79,6 +79,7 @@ def test_graph_has_one_fused_node_per_site_on_ever_fewer_tokens(name: str, strat
     fused = found.nodes(strategy, torch.ops.tofu.fuse_tokens.default)
     tokens = [node.args[0].meta["val"].shape[1] for node in fused]
     assert tokens == [entry.tokens - R * depth for depth in range(entry.sites)]
+    assert {node.args[0].meta["val"].shape[0] for node in fused} == {2}, "the batch must not be folded into features"
     wanted = [strategy] * 3 if strategy != "auto" else ["prune", "prune", "mlerp"]
     assert [node.args[3:] for node in fused] == [(R, name, *entry.protected) for name in wanted]
     restored = found.nodes(strategy, torch.ops.tofu.restore_tokens.default)

@@ -27,7 +27,7 @@ def run(model: Any, *inputs: Any, skip: tuple[str, ...] = (), **options: Any) ->
 
     def backend(gm: GraphModule, _: Any) -> Any:
         before = gm.code
-        compilation = run_pipeline(gm, Options.parse({**EAGER, **options}), skip)
+        compilation = run_pipeline(gm, Options.parse({**EAGER, **options}), skip=skip)
         assert gm.code == before
 
         def call(*args: Any) -> Any:
@@ -104,7 +104,7 @@ def test_functionalising_keeps_the_values_and_only_touches_what_nobody_else_sees
     compilation: list[Compilation] = []
 
     def backend(gm: GraphModule, _: Any) -> Any:
-        compilation.append(run_pipeline(gm, Options.parse(EAGER), later))
+        compilation.append(run_pipeline(gm, Options.parse(EAGER), skip=later))
         return compilation[0].gm
 
     torch._dynamo.reset()

@@ -52,7 +52,7 @@ def tofu(
     _check_compiler(parsed, example_inputs)
     if not parsed.reduces:
         return _inner(gm, example_inputs, parsed)
-    outcome = rewrite(gm, parsed, shared_kernels=parsed.inner_backend == "inductor")
+    outcome = rewrite(gm, parsed, example_inputs, shared_kernels=parsed.inner_backend == "inductor")
     for message in outcome.warnings:
         warnings.warn(f"tofu_fx: {message}", TofuWarning, stacklevel=2)
     compilation = outcome.compilation
@@ -77,14 +77,16 @@ class Outcome:
     warnings: tuple[str, ...] = ()
 
 
-def rewrite(gm: GraphModule, options: Options, shared_kernels: bool = False) -> Outcome:
-    """Run the pipeline over a Dynamo graph, which stays as it is.
+def rewrite(
+    gm: GraphModule, options: Options, example_inputs: Sequence[Any] | None = None, shared_kernels: bool = False
+) -> Outcome:
+    """Run the pipeline over a Dynamo graph, which stays as it is; arguments as for ``run_pipeline``.
 
     Raises:
         OptionError, PlanError: always. PassError: if ``on_error`` is "raise".
     """
     try:
-        compilation = run_pipeline(gm, options, shared_kernels=shared_kernels)
+        compilation = run_pipeline(gm, options, example_inputs, shared_kernels=shared_kernels)
     except (OptionError, PlanError):
         raise
     except Unsupported as reason:

@@ -15,6 +15,7 @@ from torch.fx import Node
 
 from tofu_fx.graphs import argument, is_op, tensor_inputs
 from tofu_fx.layout import Emitter, Layout, align, aten
+from tofu_fx.rules import find_rule, pointwise
 from tofu_fx.streams import Stream
 from tofu_fx.tokens import Axes, Dim, dim_size
 from tofu_fx.tracer import AxisTracer
@@ -38,16 +39,15 @@ class Companions:
             if self._in_reduced_stream(value) or not isinstance(value.meta["val"], torch.Tensor):
                 continue
             dims = consumer_dims(self.tracer, node, value)
-            places = self._places(value, dims)
+            places = self._places(value, dims, newest)
             if places:
-                version = newest[dims[places[0]][0].base.stream]
-                mapping[value] = self._gathered(value, dims, places, version)
+                mapping[value] = self._gathered(value, dims, places, newest)
         return mapping
 
     def _in_reduced_stream(self, value: Node) -> bool:
         return any(atom.base.stream in self.streams for atom in self.tracer.tokens(value))
 
-    def _places(self, value: Node, dims: tuple[Dim, ...]) -> list[int]:
+    def _places(self, value: Node, dims: tuple[Dim, ...], newest: dict[int, int]) -> list[int]:
         """The dims of an operand that are indexed by the tokens of what it meets."""
         own = self.tracer.of(value)
         ahead = len(dims) - len(own)
@@ -59,22 +59,24 @@ class Companions:
             and dim[0].is_token
             and dim_size(own[i - ahead]) != 1
             and dim[0].base.stream in self.streams
+            and newest.get(dim[0].base.stream, 0) > 0
         ]
 
-    def _gathered(self, value: Node, dims: tuple[Dim, ...], places: list[int], version: int) -> Any:
-        stream = self.streams[dims[places[0]][0].base.stream]
-        key = (value, dims, version)
+    def _gathered(self, value: Node, dims: tuple[Dim, ...], places: list[int], newest: dict[int, int]) -> Any:
+        # Queries and keys may be of two streams, each at a version of its own.
+        streams = [self.streams[dims[place][0].base.stream] for place in places]
+        versions = [newest[dims[place][0].base.stream] for place in places]
+        key = (value, dims, *versions)
         if key not in self._rebased:
-            if self._is_older_feature(value, dims, stream):
-                table = self.env[value, 0]
-                layout = Layout(dims, places[0], stream.batch)
-                for step in range(1, version + 1):
-                    table = stream.rebase(self.emit, table, layout, step)
+            table = self.env[value, 0]
+            if self._is_older_feature(value, dims, streams[0]):
+                layout = Layout(dims, places[0], streams[0].batch)
+                for step in range(1, versions[0] + 1):
+                    table = streams[0].rebase(self.emit, table, layout, step)
             else:
-                table = self.env[value, 0]
                 while table.meta["val"].dim() < len(dims):
                     table = self.emit.call(aten.unsqueeze.default, table, 0)
-                for place in places:
+                for place, stream, version in zip(places, streams, versions, strict=True):
                     index = stream.kept(self.emit, version, dims[place][0])
                     index = align(self.emit, index, dims, place, stream.batch)
                     table = self._expanded(table, index, place)
@@ -130,8 +132,7 @@ def consumer_dims(tracer: AxisTracer, node: Node, value: Node) -> tuple[Dim, ...
         return _einsum_dims(tracer, node, value)
     if is_op(node, "baddbmm", "addmm"):
         return tracer.of(node) if value is node.args[0] else own
-    elementwise = torch.Tag.pointwise in getattr(node.target, "tags", ()) or is_op(node, "prelu", "copy")
-    return tracer.of(node) if elementwise else own
+    return tracer.of(node) if find_rule(node.target) is pointwise else own
 
 
 def scores_dims(tracer: AxisTracer, node: Node) -> tuple[Dim, ...]:

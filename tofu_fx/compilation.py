@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,8 @@ class Compilation:
 
     gm: GraphModule
     options: Options
+    #: what the graph is called with first, in the order of its placeholders, where known
+    example_inputs: Sequence[Any] | None = None
     #: placeholders that are parameters or buffers, not inputs (lower_to_aten)
     model_state: frozenset[Node] = frozenset()
     #: the ATen graph as traced, for reports and tests (functionalize_inplace)

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 
+import torch
 from torch.fx import Graph, Node
 
-from tofu_fx.graphs import argument, is_op, tensor_inputs, walk_back
-from tofu_fx.planning.site import Attention
+from tofu_fx.graphs import argument, is_op, tensor_inputs
+from tofu_fx.planning.site import Attention, Mask
 
 #: whole layers in one op: what nn.TransformerEncoder and nn.MultiheadAttention become in eval mode without gradients
 OPAQUE = ("_transformer_encoder_layer_fwd", "_native_multi_head_attention")
@@ -23,8 +24,6 @@ _BETWEEN = tuple(
     "mul div add sub rsub masked_fill where to _to_copy type_as contiguous clone dropout clamp tanh alias detach "  # noqa: SIM905
     "permute transpose linear expand view reshape flatten unflatten _unsafe_view unsqueeze squeeze copy".split()
 )
-_RESHAPED = ("view", "reshape", "unsqueeze", "squeeze", "expand", "to", "add", "sub", "slice", "select", "permute")
-_NEAR = 64  # nodes of a mask's making that are looked at
 _FAR = 24  # ops between a product and its softmax; in 77 real models there were at most 9
 
 
@@ -43,28 +42,8 @@ def find_attentions(graph: Graph) -> Iterator[Attention]:
 
 def _fused(node: Node) -> Attention:
     query, key, mask = (argument(node, name) for name in ("query", "key", "attn_mask"))
-    causal = bool(argument(node, "is_causal")) or (mask is not None and is_causal_mask(mask))
-    return Attention(node, query, -2, key, -2, -1, causal=causal)
-
-
-def is_causal_mask(mask: Node) -> bool:
-    """Whether a mask is made by comparing positions (``tril``, ``triu``, ``arange <= arange``)."""
-    seen, todo = {mask}, [mask]
-    while todo and len(seen) < _NEAR:
-        node = todo.pop()
-        if is_op(node, "tril", "triu", "tril_", "triu_"):
-            return True
-        operands = tensor_inputs(node)
-        if is_op(node, "le", "lt", "ge", "gt") and len(operands) == 2 and all(map(_counts_positions, operands)):
-            return True
-        new = [value for value in operands if value not in seen]
-        seen.update(new)
-        todo += new
-    return False
-
-
-def _counts_positions(node: Node) -> bool:
-    return any(is_op(value, "arange", "cumsum") for value in walk_back(node, _RESHAPED))
+    masks = () if mask is None else (Mask(mask, node, "keep" if mask.meta["val"].dtype == torch.bool else "bias"),)
+    return Attention(node, query, -2, key, -2, -1, masks=masks, causal=bool(argument(node, "is_causal")))
 
 
 def _written(softmax: Node) -> Attention | None:
@@ -81,10 +60,10 @@ def _written(softmax: Node) -> Attention | None:
     left, right = scores.args[1:3] if is_op(scores, "baddbmm") else scores.args[:2]
     assert isinstance(left, Node)
     assert isinstance(right, Node)
-    causal = any(is_causal_mask(mask) for mask in _masks(softmax, scores))
+    masks = tuple(_masks(softmax, scores))
     if dim == rank - 1:  # q [.., L, E] @ k^T [.., E, S]
-        return Attention(value_product, left, -2, right, -1, -2, softmax, dim - rank, causal)
-    return Attention(value_product, right, -1, left, -2, -1, softmax, dim - rank, causal)
+        return Attention(value_product, left, -2, right, -1, -2, scores, softmax, -2, -1, masks)
+    return Attention(value_product, right, -1, left, -2, -1, scores, softmax, -1, -2, masks)
 
 
 def _from_einsum(scores: Node, softmax: Node, dim: int, value_product: Node) -> Attention | None:
@@ -111,18 +90,43 @@ def _from_einsum(scores: Node, softmax: Node, dim: int, value_product: Node) -> 
         operands[key],  # type: ignore[index, arg-type]
         terms[key].index(label),
         terms[key].index(contracted[0]),
+        scores,
         softmax,
+        output.index(queries[0]) - len(output),
         dim - len(output),
-        any(is_causal_mask(mask) for mask in _masks(softmax, scores)),
+        tuple(_masks(softmax, scores)),
     )
 
 
-def _masks(softmax: Node, scores: Node) -> Iterator[Node]:
+def _masks(softmax: Node, scores: Node) -> Iterator[Mask]:
     """What joins the scores on their way to the softmax, other than themselves."""
-    for node in walk_back(softmax.args[0], _BETWEEN):  # type: ignore[arg-type]
-        if node is scores:
-            return
-        yield from (value for value in tensor_inputs(node)[1:] if value is not scores)
+    way = _way_back(softmax, scores)
+    for node in way:
+        for value in tensor_inputs(node):
+            if value in way or (node is scores and not (is_op(node, "baddbmm") and value is node.args[0])):
+                continue
+            if is_op(node, "masked_fill") and value is node.args[1]:
+                yield Mask(value, node, "hide")
+            elif is_op(node, "where") and value is node.args[0]:
+                yield Mask(value, node, "keep" if node.args[1] in way else "hide")
+            elif is_op(node, "add", "sub", "rsub", "baddbmm"):
+                yield Mask(value, node, "bias")
+
+
+def _way_back(softmax: Node, scores: Node) -> list[Node]:
+    """The nodes from the softmax's input back to the scores, both included."""
+    came: dict[Node, Node] = {}
+    todo = deque([softmax])
+    while todo and scores not in came:
+        node = todo.popleft()
+        for value in tensor_inputs(node) if node is softmax or is_op(node, *_BETWEEN) else ():
+            if value not in came:
+                came[value] = node
+                todo.append(value)
+    way = [scores]
+    while came[way[-1]] is not softmax:
+        way.append(came[way[-1]])
+    return way
 
 
 def _nearest(start: Node, back: bool) -> Node | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 from torch.fx import GraphModule
 
@@ -40,13 +41,18 @@ PASSES: tuple[Pass, ...] = (
 
 
 def run_pipeline(
-    gm: GraphModule, options: Options, skip: Collection[str] = (), shared_kernels: bool = False
+    gm: GraphModule,
+    options: Options,
+    example_inputs: Sequence[Any] | None = None,
+    skip: Collection[str] = (),
+    shared_kernels: bool = False,
 ) -> Compilation:
     """Run the passes over a Dynamo graph (which stays as it is) and return what they found and made.
 
     Args:
         gm: a graph from Dynamo, with fake example values on its placeholders.
         options: parsed options.
+        example_inputs: what the graph is called with first, from Dynamo; attention behind a mask is declined without.
         skip: names of passes to leave out, for experiments.
         shared_kernels: make token counts inputs of the rewritten graph (see ``tofu_fx.inputs``).
 
@@ -57,7 +63,7 @@ def run_pipeline(
     unknown = set(skip) - {p.__name__ for p in PASSES}
     if unknown:
         raise TofuError(f"unknown pass to skip: {', '.join(sorted(unknown))}")
-    compilation = Compilation(gm, options, shared_kernels=shared_kernels)
+    compilation = Compilation(gm, options, example_inputs, shared_kernels=shared_kernels)
     placeholders = len(gm.graph.find_nodes(op="placeholder"))
     for run in PASSES:
         if run.__name__ not in skip:

@@ -18,9 +18,10 @@ from tofu_fx.companions import Companions, scores_dims
 from tofu_fx.compilation import Compilation
 from tofu_fx.graphs import LITERAL, argument, is_op, tensor_inputs
 from tofu_fx.layout import Count, Emitter, Layout, align, aten, shape_of
+from tofu_fx.masks import HIDDEN
 from tofu_fx.planning.site import Site
 from tofu_fx.streams import Stream
-from tofu_fx.tokens import Atom, Axes, Barrier, hint, token_atoms, token_dim
+from tofu_fx.tokens import Atom, Axes, Barrier, Dim, hint, token_atoms, token_dim
 from tofu_fx.tracer import AxisTracer
 
 _SAME = ("contiguous", "clone", "alias", "detach", "lift_fresh")
@@ -290,8 +291,14 @@ class Rewriter:
 
     def _batch(self, site: Site, axes: Axes) -> tuple[Atom, ...]:
         """The batch atoms: those that the stream shares with the attention's keys, tokens aside."""
-        keys = {atom for dim in self.tracer.of(site.attention.key) for atom in dim}
-        return tuple(atom for dim in axes for atom in dim if atom in keys and not atom.is_token)
+        key = self.tracer.of(site.attention.key)
+        positions, keys = key[site.attention.key_tokens], {atom for dim in key for atom in dim}
+        own = [atom for dim in axes for atom in dim if not atom.is_token]
+        if any(atom.base.kind == "plain" for atom in keys.difference(own, positions)):
+            # An axis of the keys that the stream lacks may be its batch under another name: to take it for heads would
+            # match all samples as one.
+            raise Barrier("the batch of the keys cannot be lined up with the stream's")
+        return tuple(atom for atom in own if atom in keys)
 
     def _metric(self, site: Site, stream: Stream, version: int) -> Node:
         """The matching metric: the attention's keys, averaged over the heads, ``[B, N, D]``."""
@@ -318,4 +325,39 @@ class Rewriter:
             place -= sum(i < place for i in heads)
         layout = Layout(tuple(axes), place, stream.batch)
         node = layout.to_canonical(self.emit, node, stream.count(self.emit, version, run))
+        if site.padding:
+            node = self.emit.call(torch.ops.tofu.separate.default, node, self._valid(site, stream, version))
         return stream.trim(self.emit, node, run)
+
+    def _valid(self, site: Site, stream: Stream, version: int) -> Node:
+        """Which of the keys are no padding, ``[B or 1, N, 1]`` bool, by all masks of a site together."""
+        valid: Node | None = None
+        for mask in site.padding:
+            fused = site.attention.softmax is None
+            dims = scores_dims(self.tracer, mask.consumer) if fused else self.tracer.of(mask.consumer)
+            if self.native.get(mask.value, 0):
+                node = self.at(mask.value, version)
+            else:
+                rebased = self.companions.rebased(mask.consumer, {stream.run.base.stream: version}) if version else {}
+                node = rebased.get(mask.value, self.env[mask.value, 0])
+            if mask.kind == "bias":
+                node = self.emit.call(aten.gt.Scalar, node, HIDDEN)
+            else:
+                node = self.emit.call((aten.ne if mask.kind == "keep" else aten.eq).Scalar, node, 0)
+            node = self._over_keys(node, dims, (-1 if fused else site.attention.softmax_dim) % len(dims), stream)
+            valid = node if valid is None else self.emit.call(aten.logical_and.default, valid, node)
+        assert valid is not None
+        return valid
+
+    def _over_keys(self, node: Node, dims: tuple[Dim, ...], place: int, stream: Stream) -> Node:
+        """Flags over (a part of) ``dims`` -> ``[B or 1, N, 1]``: whether any query of any head has the flag."""
+        while node.meta["val"].dim() < len(dims):
+            node = self.emit.call(aten.unsqueeze.default, node, 0)
+        batch = [i for i, dim in enumerate(dims) if i != place and any(atom in stream.batch for atom in dim)]
+        if any(atom not in stream.batch for i in batch for atom in dims[i]) or len(batch) > 1:
+            raise Barrier("a padding mask whose batch is merged with the heads")
+        for i in range(len(dims)):
+            if i != place and i not in batch:
+                node = self.emit.call(aten.any.dim, node, i, True)
+        count = self.emit.call(aten.sym_size.int, node, place)
+        return self.emit.call(aten.reshape.default, node, [-1, count, 1])

@@ -49,6 +49,12 @@ def like_first(tracer: AxisTracer, node: Node) -> Axes:
     return tracer.of(tensor_inputs(node)[0])
 
 
+def like_first_alone(tracer: AxisTracer, node: Node) -> Axes:
+    """As ``like_first``; the second operand gives its dtype only."""
+    tracer.drop()
+    return tracer.of(node.args[0])
+
+
 def view(tracer: AxisTracer, node: Node) -> Axes:
     """view, reshape, flatten, unflatten, squeeze, unsqueeze: only the grouping of factors changes."""
     return tracer.space.regroup(tracer.of(node.args[0]), _shape(node))
@@ -265,7 +271,6 @@ RULES: dict[str, Rule] = {
             "alias",
             "detach",
             "detach_",
-            "type_as",
             "_to_copy",
             "lift_fresh",
             "lift_fresh_copy",
@@ -283,7 +288,8 @@ RULES: dict[str, Rule] = {
         ],
         like_first,
     ),
-    **dict.fromkeys(["prelu", "divide", "multiply", "copy", "float_power"], pointwise),
+    "type_as": like_first_alone,
+    **dict.fromkeys(["where", "prelu", "divide", "multiply", "copy", "float_power"], pointwise),
     **dict.fromkeys(
         ["view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "reshape_as", "view_as"],
         view,

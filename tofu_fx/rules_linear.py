@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from tofu_fx.graphs import argument
+from tofu_fx.graphs import argument, walk_back
 from tofu_fx.tokens import Axes, Barrier, Dim, dim_size, hint
 from tofu_fx.tracer import AxisTracer
 
@@ -24,6 +24,15 @@ def _contract(tracer: AxisTracer, node: Node, left: Dim, right: Dim) -> None:
     if left != right:
         raise Barrier("attention over the tokens of another stream or of shifted positions")
     tracer.drop()
+
+
+def _features(tracer: AxisTracer, value: Node) -> Axes:
+    """The axes of an operand of a product; those of a weight, as stored or turned, are features on both sides."""
+    axes = tracer.of(value)
+    *_, source = walk_back(value, ("t", "transpose", "permute", "to", "detach"))
+    if source not in tracer.model_state and source.op != "get_attr":
+        return axes
+    return tuple(tracer.space.as_features(dim) for dim in axes)
 
 
 def linear(tracer: AxisTracer, node: Node) -> Axes:
@@ -48,7 +57,7 @@ def addmm(tracer: AxisTracer, node: Node) -> Axes:
 
 
 def _product(tracer: AxisTracer, node: Node, left: Any, right: Any) -> Axes:
-    a, b = tracer.of(left), tracer.of(right)
+    a, b = (_features(tracer, value) for value in (left, right))
     if len(a) == 1 or len(b) == 1:
         inner_b = b[-2] if len(b) > 1 else b[0]
         _contract(tracer, node, a[-1], inner_b)
@@ -73,7 +82,7 @@ def einsum(tracer: AxisTracer, node: Node) -> Axes:
     for term, operand in zip(inputs.split(","), operands, strict=True):  # type: ignore[arg-type]
         if len(set(term)) != len(term):
             raise Barrier("an einsum that takes a diagonal")
-        for label, dim in zip(term, tracer.of(operand), strict=True):
+        for label, dim in zip(term, _features(tracer, operand), strict=True):
             labels.setdefault(label, []).append((dim, operand in tracer.depends))
     for label, dims in labels.items():
         if label not in output:

@@ -134,7 +134,8 @@ class Stream:
         """Features of the version before -> ``version``, by the same merge."""
         step = self.versions[version - 1]
         x = layout.to_canonical(emit, node, self.count(emit, version - 1, layout.atom))
-        strategy = "prune" if step.strategy == "permute" else step.strategy
+        merges = step.strategy != "permute" and x.meta["val"].is_floating_point()
+        strategy = step.strategy if merges else "prune"  # what is no feature (a flag, an index) follows the survivor
         merge = _caller(emit, tofu.rebase.default, step.size_before, step.assignment, step.kept, strategy)
         x = self._on_own_run(emit, x, layout.atom, merge)
         return layout.from_canonical(emit, x, self.count(emit, version, layout.atom))

@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import networkx as nx
 import torch
 
 Kind = Literal["plain", "feature", "token"]
@@ -108,19 +109,60 @@ def token_dim(axes: Axes) -> int:
 
 @dataclass
 class Space:
-    """Makes atoms, and remembers how they were derived, so that equal derivations give equal atoms."""
+    """Makes atoms, and remembers how they were derived, so that equal derivations give equal atoms.
 
+    ``aligned`` maps names of axes to the name of the one axis that they are: the batch of two inputs, say, which is
+    known to be one batch only once the inputs have met.
+    """
+
+    aligned: dict[str, str] = field(default_factory=dict)
+    _met: list[tuple[str, str]] = field(default_factory=list)
+    _shared: dict[str, Dim] = field(default_factory=dict)
     _derived: dict[Any, Any] = field(default_factory=dict)
     _whole_of: dict[tuple[Atom, Atom], Atom] = field(default_factory=dict)
 
     def fresh(self, name: str, size: Any, kind: Kind = "plain") -> Dim:
-        """A new axis of its own; nothing for a dimension of size 1."""
+        """A new axis of its own (or the one that this name is aligned with); nothing for a dimension of size 1."""
         value = hint(size)
-        return () if value == 1 else (Atom(Base(name, value, kind, symbolic=not isinstance(size, int)), 0, value),)
+        if value == 1:
+            return ()
+        name = self.aligned.get(name, name)
+        if name in self._shared:
+            return self._shared[name]
+        dim = (Atom(Base(name, value, kind, symbolic=not isinstance(size, int)), 0, value),)
+        if name in self.aligned.values():
+            self._shared[name] = dim
+        return dim
 
     def fresh_axes(self, name: str, shape: Sequence[Any], kind: Kind = "plain") -> Axes:
         """New axes for every dimension of a shape."""
         return tuple(self.fresh(f"{name}.{i}", size, kind) for i, size in enumerate(shape))
+
+    def as_features(self, dim: Dim) -> Dim:
+        """A dimension as features: what a contraction with a weight makes of it. The same one each time."""
+        key = ("features", dim)
+        if key not in self._derived:
+            self._derived[key] = tuple(Atom(replace(atom.base, kind="feature"), atom.offset, atom.size) for atom in dim)
+        return self._derived[key]
+
+    def meet(self, a: Dim, b: Dim) -> None:
+        """Note that two dimensions of tensors that both depend on the input stood side by side: they are one axis."""
+        if len(a) != 1 or len(b) != 1 or a[0].base is b[0].base or a[0].base.symbolic != b[0].base.symbolic:
+            return
+        if all(atom.base.kind == "plain" and (atom.offset, atom.size) == (0, atom.base.size) for atom in a + b):
+            self._met.append((a[0].base.name, b[0].base.name))
+
+    def alignment(self) -> dict[str, str]:
+        """``aligned`` with all that has met since. Two axes of one tensor are never made one."""
+        aligned = nx.utils.UnionFind([*self.aligned, *self.aligned.values()])
+        for name, other in self.aligned.items():
+            aligned.union(other, name)
+        for a, b in self._met:
+            together = [name for group in aligned.to_sets() if {a, b} & group for name in group] or [a, b]
+            tensors = [name.rpartition(".")[0] for name in {*together, a, b}]
+            if all("." in name for name in (a, b)) and len(set(tensors)) == len(tensors):
+                aligned.union(a, b)
+        return {name: min(group) for group in aligned.to_sets() if len(group) > 1 for name in group}
 
     def flat(self, dim: Dim) -> Atom | None:
         """A dimension as one atom: the same product always gives the same atom. None for a dimension of size 1."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from tofu_fx.graphs import is_alias, source_line, tensor_inputs
+from tofu_fx.graphs import is_alias, is_op, source_line, tensor_inputs
 from tofu_fx.tokens import Atom, Axes, Barrier, Dim, Space, dim_size, hint, token_atoms
 
 Seed = Callable[["AxisTracer", Axes], Axes]
@@ -49,6 +49,8 @@ class AxisTracer:
     seeds: Mapping[Node, Seed] = field(default_factory=dict)
     #: softmax nodes over keys and products with values that belong to a recognised attention
     attention_nodes: frozenset[Node] = frozenset()
+    #: the products of queries and keys of recognised attentions
+    score_nodes: frozenset[Node] = frozenset()
     space: Space = field(default_factory=Space)
     #: node -> Axes, or a tuple of Axes for an op with several outputs
     axes: dict[Node, Any] = field(default_factory=dict)
@@ -56,6 +58,8 @@ class AxisTracer:
     barriers: list[BarrierRecord] = field(default_factory=list)
     #: node -> "mean" | "sum": reductions over tokens that must be weighted by size
     pools: dict[Node, str] = field(default_factory=dict)
+    #: nodes whose token axis is that of an attention's keys: shares of one, that no restore makes whole again
+    weights: set[Node] = field(default_factory=set)
     unknown_ops: dict[str, int] = field(default_factory=dict)
     _dropped: bool = False
 
@@ -100,8 +104,10 @@ class AxisTracer:
             if len(carried[0]) > 1 and len(carried) != len(present):
                 raise Barrier("tokens that are merged with another axis meet a tensor that is not")
             return carried[0]
-        chosen = next((dim for dim, depends in present if depends), present[0][0] if present else ())
-        return chosen
+        moving = [dim for dim, depends in present if depends]
+        for other in moving[1:]:
+            self.space.meet(moving[0], other)
+        return moving[0] if moving else present[0][0] if present else ()
 
     def broadcast(self, operands: Iterable[Any], rank: int) -> Axes:
         """Axes of an elementwise op over operands (nodes; others are ignored), aligned from the right."""
@@ -117,7 +123,12 @@ class AxisTracer:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor):
             state = node.op == "get_attr" or node in self.model_state
-            self.axes[node] = self._fresh(node, "feature" if state else "plain")
+            self.axes[node] = self._fresh(node)
+            if state and value.dim():  # learnt rows (tokens, positions) of learnt features
+                self.axes[node] = (
+                    *self.axes[node][:-1],
+                    self.space.fresh(f"{node.name}.features", value.shape[-1], "feature"),
+                )
             if not state:
                 self.depends.add(node)
 
@@ -137,13 +148,18 @@ class AxisTracer:
             kept = set(token_atoms(axes) if _is_axes(axes) else [a for part in axes for a in token_atoms(part)])
             if {a.base for a in carried} - {a.base for a in kept} and not self._dropped:
                 raise Barrier("the op would lose the token axis")
+            most = max((len(self.tokens(value)) for value in inputs), default=0)
+            if node not in self.score_nodes and len(kept) and _is_axes(axes) and len(token_atoms(axes)) > most:
+                raise Barrier("tokens are compared with tokens outside of a recognised attention")
         except Barrier as barrier:
             axes = self._fresh(node)
             if carried:
                 values = tuple(value for value in inputs if self.tokens(value))
-                self.barriers.append(BarrierRecord(node, str(barrier), values, self._is_fatal(node, values)))
+                self.barriers.append(BarrierRecord(node, str(barrier), values, self.is_fatal(node, values)))
         if axes is not None:
             self.axes[node] = axes
+        if self._keeps_weights(node):
+            self.weights.add(node)
 
     def _changes_tokens(self, node: Node) -> bool:
         """Whether an op writes to memory that a tensor of tokens may share."""
@@ -191,16 +207,39 @@ class AxisTracer:
             )
         return None
 
-    def _is_fatal(self, node: Node, values: tuple[Node, ...]) -> bool:
+    def is_fatal(self, node: Node, values: tuple[Node, ...]) -> bool:
+        """Whether restoring the values would not serve a node: it changes them, or they are attention weights."""
         mutates = getattr(node.target, "_schema", None) is not None and node.target._schema.is_mutable  # type: ignore[union-attr]
-        return mutates or any(len(self.tokens(value)) != 1 for value in values)
+        return mutates or any(len(self.tokens(value)) != 1 or value in self.weights for value in values)
+
+    def _keeps_weights(self, node: Node) -> bool:
+        """Whether a node is the softmax of an attention over tokens, or its weights, still over keys."""
+        if not self.tokens(node) and not self._is_softmax(node):
+            return False
+        return self._is_softmax(node) or (
+            node not in self.attention_nodes and any(value in self.weights for value in tensor_inputs(node))
+        )
+
+    def _is_softmax(self, node: Node) -> bool:
+        return node in self.attention_nodes and is_op(node, "softmax", "_softmax")
 
     def _visit_output(self, node: Node) -> None:
         for value in tensor_inputs(node):
             if self.tokens(value):
-                fatal = len(self.tokens(value)) != 1
+                fatal = len(self.tokens(value)) != 1 or value in self.weights
                 reason = "attention weights are returned" if fatal else "the tokens are returned"
                 self.barriers.append(BarrierRecord(node, reason, (value,), fatal))
+
+
+def trace(make: Callable[[Space], AxisTracer]) -> AxisTracer:
+    """Walk a graph until no more axes turn out to be one. (Twice where several inputs share a batch, else once.)"""
+    space = Space()
+    while True:
+        tracer = make(space).run()
+        aligned = tracer.space.alignment()
+        if aligned == space.aligned:
+            return tracer
+        space = Space(aligned)
 
 
 def _is_axes(axes: Any) -> bool:

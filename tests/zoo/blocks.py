@@ -30,7 +30,7 @@ class Spec:
     layer_scale: bool = False
     dropout: bool = False
     qk_norm: bool = False
-    mask: str = "none"  # "none", "additive", "bool", "relative"
+    mask: str = "none"  # "none", "additive" and "bool" (the last patches are padding), "relative"
     rotary: bool = False
     prefix: int = 1
     suffix: int = 0
@@ -64,8 +64,9 @@ class Attention(nn.Module):
         angles = torch.randn(spec.patches, WIDTH // 2)
         self.register_buffer("sin", angles.sin().repeat_interleave(2, -1))
         self.register_buffer("cos", angles.cos().repeat_interleave(2, -1))
-        near = torch.rand(spec.tokens, spec.tokens) < 0.7
-        self.register_buffer("near", near | torch.eye(spec.tokens, dtype=torch.bool))
+        place = torch.arange(spec.tokens)
+        padding = spec.prefix + spec.patches - spec.patches // 4
+        self.register_buffer("there", (place < padding) | (place >= spec.prefix + spec.patches))
 
     def forward(self, x: Tensor, reducer: Reducer | None) -> tuple[Tensor, Tensor]:
         batch, tokens, _ = x.shape
@@ -98,11 +99,15 @@ class Attention(nn.Module):
         if self.spec.mask == "relative":
             mask = self.relative_bias_table
         elif self.spec.mask == "bool":
-            mask = self.near[None, None]
+            mask = self.there[None, None, None]
         else:
-            mask = torch.zeros(self.near.shape).masked_fill(~self.near, float("-inf"))[None, None]
-            mask = mask.expand(batch, 1, *self.near.shape)
-        return mask if reducer is None else reducer.pairs_of(mask)
+            mask = torch.zeros(self.there.shape).masked_fill(~self.there, float("-inf"))
+            mask = mask.expand(batch, 1, *self.there.shape, -1)
+        if reducer is None:
+            return mask
+        if self.spec.mask != "relative":
+            reducer.there = self.there
+        return reducer.pairs_of(mask.expand(-1, -1, self.spec.tokens, -1))
 
     def _product(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, reducer: Reducer | None) -> Tensor:
         if reducer is None and self.spec.attention == "sdpa":

@@ -6,5 +6,6 @@ from .merging import STRATEGIES
 from .permute import permute_tokens
 from .rebase import rebase
 from .restore import restore_tokens
+from .separate import separate
 
-__all__ = ["STRATEGIES", "fuse_tokens", "max_reduction", "permute_tokens", "rebase", "restore_tokens"]
+__all__ = ["STRATEGIES", "fuse_tokens", "max_reduction", "permute_tokens", "rebase", "restore_tokens", "separate"]

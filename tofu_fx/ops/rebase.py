@@ -37,6 +37,7 @@ def merge_groups(x: Tensor, size: Tensor, assignment: Tensor, kept: Tensor, stra
 
 @merge_groups.register_fake
 def _(x: Tensor, size: Tensor, assignment: Tensor, kept: Tensor, strategy: str) -> tuple[Tensor, Tensor]:
+    check_stream("rebase", x, size)
     batch, left = kept.shape
     return x.new_empty((batch, left, x.shape[2])), size.new_empty((batch, left))
 

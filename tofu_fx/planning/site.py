@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch.fx import Node
 
@@ -10,11 +11,24 @@ from tofu_fx.graphs import source_line
 
 
 @dataclass(frozen=True)
+class Mask:
+    """What joins the scores of an attention from aside: ``consumer`` is the node in which it does.
+
+    ``kind`` says how ``value`` is meant: true (not 0) keeps, true hides, or a number that is added.
+    """
+
+    value: Node
+    consumer: Node
+    kind: Literal["keep", "hide", "bias"]
+
+
+@dataclass(frozen=True)
 class Attention:
     """One attention in the graph.
 
-    ``key`` has its tokens in dim ``key_tokens`` and the contracted features in dim ``key_features``. ``softmax`` is
-    None for the fused op. ``softmax_dim`` is the dim of the keys in the softmax.
+    ``key`` has its tokens in dim ``key_tokens`` and the contracted features in dim ``key_features``. ``scores`` (the
+    product of queries and keys) and ``softmax`` are None for the fused op. ``softmax_query_dim`` and ``softmax_dim``
+    are the dims of queries and keys in the softmax, counted from the end.
     """
 
     node: Node
@@ -23,8 +37,11 @@ class Attention:
     key: Node
     key_tokens: int
     key_features: int
+    scores: Node | None = None
     softmax: Node | None = None
+    softmax_query_dim: int = -2
     softmax_dim: int = -1
+    masks: tuple[Mask, ...] = ()
     causal: bool = False
 
 
@@ -61,6 +78,8 @@ class Site:
     r: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
+    #: masks that hide tokens from all others alike: these must not be merged with the ones that are seen
+    padding: list[Mask] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property

@@ -159,8 +159,8 @@ def explain(
     parsed = Options.parse(options)
     explanation = Explanation()
 
-    def collect(gm: GraphModule, _: Any) -> Any:
-        explanation.graphs.append(_report(rewrite(gm, parsed), len(explanation.graphs)))
+    def collect(gm: GraphModule, inputs: Any) -> Any:
+        explanation.graphs.append(_report(rewrite(gm, parsed, inputs), len(explanation.graphs)))
         return gm.forward
 
     run_once(model, collect, example_inputs, example_kwargs)

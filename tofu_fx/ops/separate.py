@@ -1,0 +1,41 @@
+"""`tofu::separate`: keep tokens of two kinds from merging with each other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("tofu", "FRAGMENT")
+_library.define("separate(Tensor metric, Tensor valid) -> Tensor")
+
+# With cosines c between valid tokens, (0.8 u, 0.6) and (0, -1) have the products 0.64 c + 0.36 >= -0.28 among valid
+# tokens, -0.6 across, and 1 among the others.
+_UNIT, _MARK = 0.8, 0.6
+
+
+def separate(metric: Tensor, valid: Tensor) -> Tensor:
+    """Mark which tokens are padding in what tokens are compared by.
+
+    By cosine similarity of the result, padding is most like padding and least like anything else, and valid tokens
+    keep their order among each other. So padding is merged away first; a valid token joins padding only if it has no
+    valid partner left.
+
+    Args:
+        metric: `[B, N, M]` floating point.
+        valid: `[B, N, 1]` or `[1, N, 1]` bool; the rest is padding, whose metric is not looked at.
+
+    Returns:
+        `[B, N, M + 1]` float32.
+    """
+    return torch.ops.tofu.separate(metric, valid)
+
+
+def _separate(metric: Tensor, valid: Tensor) -> Tensor:
+    metric = metric.float()
+    unit = metric * (_UNIT / torch.linalg.vector_norm(metric, dim=-1, keepdim=True))
+    unit = torch.where(valid & torch.isfinite(unit), unit, 0.0)
+    mark = torch.where(valid, _MARK, -1.0).to(unit.dtype).expand(*metric.shape[:-1], 1)
+    return torch.cat([unit, mark], dim=-1)
+
+
+_library.impl("separate", _separate, "CompositeImplicitAutograd")
