@@ -216,8 +216,9 @@ def test_autograd_function_with_grad_falls_back_and_keeps_its_gradient() -> None
     outputs, messages = fallback(model, x)
     outputs.sum().backward()
     model(y).sum().backward()
-    assert len(messages) == 1
-    assert "autograd_function" in messages[0]
+    # torch 2.11 breaks the graph at the function instead of tracing it: then each piece says what it lacks.
+    traced = [message for message in messages if "autograd_function" in message]
+    assert len(traced) == len(messages) == 1 or (not traced and len(messages) > 1)
     assert relative_error(x.grad, y.grad) < 1e-6
 
 
