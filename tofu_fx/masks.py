@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from tofu_fx.graphs import is_op
@@ -84,7 +84,7 @@ class Masks:
                 new = [value for value in node.all_input_nodes if value not in seen]
                 seen.update(new)
                 todo += new
-        return [node for node in _graph_of(mask).nodes if node in seen]
+        return [node for node in mask.graph.nodes if node in seen]
 
     def _example(self, node: Node) -> Any:
         if self.example_inputs is None:
@@ -107,18 +107,23 @@ class Masks:
                 values[node] = _attribute(self.gm, str(node.target))
             elif is_op(node, "sym_size"):
                 values[node] = hint(node.meta["val"])
-            elif getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+            elif not _is_safe(node):
                 raise _Unknown
             else:
                 blank = is_op(node, *_SHAPE_ONLY)
                 args, kwargs = map_arg((node.args, node.kwargs), _blank if blank else values.__getitem__)
                 values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         value: Tensor = values[mask]
+        if isinstance(value, torch._subclasses.FakeTensor):
+            raise _Unknown
         return value
 
 
-def _graph_of(node: Node) -> Graph:
-    return node.graph
+def _is_safe(node: Node) -> bool:
+    """Whether an op may be run while compiling: it changes no input and draws no random numbers."""
+    schema = getattr(node.target, "_schema", None)
+    random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return not random and not getattr(schema, "is_mutable", False)
 
 
 def _attribute(gm: GraphModule, name: str) -> Any:

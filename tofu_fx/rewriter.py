@@ -17,11 +17,11 @@ from torch.fx.node import map_arg
 from tofu_fx.companions import Companions, scores_dims
 from tofu_fx.compilation import Compilation
 from tofu_fx.graphs import LITERAL, argument, is_op, tensor_inputs
-from tofu_fx.layout import Count, Emitter, Layout, align, aten, shape_of
-from tofu_fx.masks import HIDDEN
+from tofu_fx.layout import Count, Emitter, Layout, align, aten
+from tofu_fx.metric import Metric, batch_of
 from tofu_fx.planning.site import Site
 from tofu_fx.streams import Stream
-from tofu_fx.tokens import Atom, Axes, Barrier, Dim, hint, token_atoms, token_dim
+from tofu_fx.tokens import Axes, Barrier, hint, token_atoms, token_dim
 from tofu_fx.tracer import AxisTracer
 
 _SAME = ("contiguous", "clone", "alias", "detach", "lift_fresh")
@@ -276,88 +276,15 @@ class Rewriter:
         axes = self.tracer.of(node)
         run = token_atoms(axes)[0]
         if run.base.stream not in self.streams:
-            self.streams[run.base.stream] = Stream(run, self._batch(site, axes))
+            self.streams[run.base.stream] = Stream(run, batch_of(self.tracer, site, axes))
             self.native[node] = 0
         stream, version = self.streams[run.base.stream], self.native[node]
         if run != stream.run:
             raise Barrier("other tokens joined the stream between two reductions")
         layout = self.layout(node)
         x = layout.to_canonical(self.emit, self.env[node, version], stream.count(self.emit, version, run))
-        metric = self._metric(site, stream, version)
+        metric = Metric(self, site, stream, version).node()
         step = stream.reduce(self.emit, x, metric, site.strategy, count, seed, additive=node in self.chain)
         self.env[node, version + 1] = layout.from_canonical(self.emit, step.merged, step.count)
         self.native[node] = version + 1
         self.chain.add(node)
-
-    def _batch(self, site: Site, axes: Axes) -> tuple[Atom, ...]:
-        """The batch atoms: those that the stream shares with the attention's keys, tokens aside."""
-        key = self.tracer.of(site.attention.key)
-        positions, keys = key[site.attention.key_tokens], {atom for dim in key for atom in dim}
-        own = [atom for dim in axes for atom in dim if not atom.is_token]
-        if any(atom.base.kind == "plain" for atom in keys.difference(own, positions)):
-            # An axis of the keys that the stream lacks may be its batch under another name: to take it for heads would
-            # match all samples as one.
-            raise Barrier("the batch of the keys cannot be lined up with the stream's")
-        return tuple(atom for atom in own if atom in keys)
-
-    def _metric(self, site: Site, stream: Stream, version: int) -> Node:
-        """The matching metric: the attention's keys, averaged over the heads, ``[B, N, D]``."""
-        key = site.attention.key
-        axes = list(self.tracer.of(key))
-        place, feature = (d % len(axes) for d in (site.attention.key_tokens, site.attention.key_features))
-        node = self.env[key, self.native.get(key, 0)]
-        if not token_atoms((axes[place],)):
-            axes[place] = (stream.run,)  # the stream's first site: its keys were made before the stream starts
-        run = axes[place][0]
-        if self.native.get(key, 0) != version:
-            raise Barrier("the keys are not of the tokens that are reduced")
-        if any(len(dim) > 1 and i not in (place, feature) for i, dim in enumerate(axes)):  # bmm: [B*H, N, D]
-            apart = [[d] if i in (place, feature) else [(atom,) for atom in d] for i, d in enumerate(axes)]
-            place, feature = (sum(map(len, apart[:i])) for i in (place, feature))
-            axes = [dim for dims in apart for dim in dims]
-            node = self.emit.call(
-                aten.reshape.default, node, shape_of(self.emit, axes, stream.count(self.emit, version, run))
-            )
-        heads = [i for i, d in enumerate(axes) if i not in (place, feature) and not any(a in stream.batch for a in d)]
-        if heads:
-            node = self.emit.call(aten.mean.dim, node, heads)
-            axes = [dim for i, dim in enumerate(axes) if i not in heads]
-            place -= sum(i < place for i in heads)
-        layout = Layout(tuple(axes), place, stream.batch)
-        node = layout.to_canonical(self.emit, node, stream.count(self.emit, version, run))
-        if site.padding:
-            node = self.emit.call(torch.ops.tofu.separate.default, node, self._valid(site, stream, version))
-        return stream.trim(self.emit, node, run)
-
-    def _valid(self, site: Site, stream: Stream, version: int) -> Node:
-        """Which of the keys are no padding, ``[B or 1, N, 1]`` bool, by all masks of a site together."""
-        valid: Node | None = None
-        for mask in site.padding:
-            fused = site.attention.softmax is None
-            dims = scores_dims(self.tracer, mask.consumer) if fused else self.tracer.of(mask.consumer)
-            if self.native.get(mask.value, 0):
-                node = self.at(mask.value, version)
-            else:
-                rebased = self.companions.rebased(mask.consumer, {stream.run.base.stream: version}) if version else {}
-                node = rebased.get(mask.value, self.env[mask.value, 0])
-            if mask.kind == "bias":
-                node = self.emit.call(aten.gt.Scalar, node, HIDDEN)
-            else:
-                node = self.emit.call((aten.ne if mask.kind == "keep" else aten.eq).Scalar, node, 0)
-            node = self._over_keys(node, dims, (-1 if fused else site.attention.softmax_dim) % len(dims), stream)
-            valid = node if valid is None else self.emit.call(aten.logical_and.default, valid, node)
-        assert valid is not None
-        return valid
-
-    def _over_keys(self, node: Node, dims: tuple[Dim, ...], place: int, stream: Stream) -> Node:
-        """Flags over (a part of) ``dims`` -> ``[B or 1, N, 1]``: whether any query of any head has the flag."""
-        while node.meta["val"].dim() < len(dims):
-            node = self.emit.call(aten.unsqueeze.default, node, 0)
-        batch = [i for i, dim in enumerate(dims) if i != place and any(atom in stream.batch for atom in dim)]
-        if any(atom not in stream.batch for i in batch for atom in dims[i]) or len(batch) > 1:
-            raise Barrier("a padding mask whose batch is merged with the heads")
-        for i in range(len(dims)):
-            if i != place and i not in batch:
-                node = self.emit.call(aten.any.dim, node, i, True)
-        count = self.emit.call(aten.sym_size.int, node, place)
-        return self.emit.call(aten.reshape.default, node, [-1, count, 1])

@@ -68,6 +68,21 @@ class EinsumAttention(nn.Module):
         return self.out(torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2))
 
 
+class GroupedQueryAttention(nn.Module):
+    """Two query heads to a key head, which is repeated for them as language models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.out = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
+        self.k, self.v = nn.Linear(DIM, DIM // 2), nn.Linear(DIM, DIM // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (proj(x).unflatten(-1, (-1, DIM // HEADS)).transpose(1, 2) for proj in (self.q, self.k, self.v))
+        k, v = (t[:, :, None].expand(-1, -1, 2, -1, -1).reshape(q.shape) for t in (k, v))
+        weights = (q @ k.transpose(-2, -1) * (DIM // HEADS) ** -0.5).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+
 class MultiheadAttention(nn.Module):
     """nn.MultiheadAttention asked for its weights, which are thrown away."""
 
@@ -121,6 +136,7 @@ HANDWRITTEN: dict[str, Entry] = {
     "einops_class": _entry(lambda: EinopsViT("class"), (3, 48, 48), 37, 1),
     "einops_mean": _entry(lambda: EinopsViT("mean"), (3, 48, 48), 37, 1),
     "einsum": _entry(lambda: Plain(EinsumAttention)),
+    "grouped_query": _entry(lambda: Plain(GroupedQueryAttention)),
     "multihead_weights": _entry(lambda: Plain(MultiheadAttention)),
     "encoder_batch_first": _entry(lambda: Encoder(batch_first=True, norm_first=False)),
     "encoder_tokens_first": _entry(lambda: Encoder(batch_first=False, norm_first=False)),
