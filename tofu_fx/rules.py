@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from tofu_fx.graphs import argument, tensor_inputs
 from tofu_fx.rules_linear import LINEAR_RULES
-from tofu_fx.tokens import Axes, Barrier, Dim, dim_size, hint, token_atoms
+from tofu_fx.tokens import Axes, Barrier, Dim, Kind, dim_size, hint, token_atoms
 from tofu_fx.tracer import AxisTracer
 
 Rule = Callable[[AxisTracer, Node], Any]
@@ -94,7 +94,9 @@ def expand(tracer: AxisTracer, node: Node) -> Axes:
         elif _has_tokens(dim):
             raise Barrier("the tokens are repeated")
         else:
-            result.append(tracer.space.fresh(f"{node.name}.{i}", node.meta["val"].shape[i]))
+            # Copies of what was computed (key heads repeated for their queries) are no positions of the input.
+            kind: Kind = "feature" if node in tracer.depends else "plain"
+            result.append(tracer.space.fresh(f"{node.name}.{i}", node.meta["val"].shape[i], kind))
     return tuple(result)
 
 
