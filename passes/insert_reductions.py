@@ -31,8 +31,8 @@ class _SiteLost(Exception):
 def insert_reductions(compilation: Compilation) -> None:
     """Replace ``compilation.gm``; every node of the new graph has its fake value.
 
-    What turns out to need whole tokens becomes a barrier, and a site or stream that even this does not serve is given
-    up; then all is written again.
+    A site or stream that turns out to meet something that whole tokens cannot serve is given up, and the rest is
+    written again.
     """
     while compilation.reducing:
         try:
@@ -42,8 +42,7 @@ def insert_reductions(compilation: Compilation) -> None:
         except _SiteLost as lost:
             _give_up_site(compilation, lost.site, str(lost))
         except Barrier as barrier:
-            if not _made_a_barrier(compilation, str(barrier)):
-                _give_up(compilation, str(barrier))
+            _give_up(compilation, str(barrier))
 
 
 def _write(compilation: Compilation) -> Graph:
@@ -73,7 +72,7 @@ def _write_nodes(compilation: Compilation, inputs: InputFakes, new: Graph) -> No
         elif node in barriers:
             rewriter.write_whole(node)
         elif not node.meta.get(LITERAL):
-            rewriter.write(node)
+            _serve(compilation, rewriter, node)
         if node in reductions:
             number, site = reductions[node]
             try:
@@ -82,16 +81,16 @@ def _write_nodes(compilation: Compilation, inputs: InputFakes, new: Graph) -> No
                 raise _SiteLost(site, str(barrier)) from None
 
 
-def _made_a_barrier(compilation: Compilation, reason: str) -> bool:
-    """Whether whole tokens may serve the node where writing stopped: it is a barrier from now on."""
-    node, tracer = compilation.at, compilation.traced
-    assert isinstance(node, Node)
-    values = tuple(value for value in tensor_inputs(node) if tracer.tokens(value))
-    tried = any(barrier.node is node for barrier in compilation.barriers)
-    if tried or node.op != "call_function" or not values or tracer.is_fatal(node, values):
-        return False
-    compilation.barriers.append(BarrierRecord(node, reason, values))
-    return True
+def _serve(compilation: Compilation, rewriter: Rewriter, node: Node) -> None:
+    """Write a node on its reduced inputs; where that cannot be, it is a barrier that the axes did not foresee."""
+    try:
+        rewriter.write(node)
+    except Barrier as barrier:
+        values = tuple(value for value in tensor_inputs(node) if compilation.traced.tokens(value))
+        if not values or compilation.traced.is_fatal(node, values):
+            raise
+        compilation.barriers.append(BarrierRecord(node, str(barrier), values))
+        rewriter.write_whole(node)
 
 
 def _give_up_site(compilation: Compilation, site: Site, reason: str) -> None:

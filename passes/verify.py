@@ -44,10 +44,15 @@ def verify(compilation: Compilation) -> None:
     with faking(fake_mode_of(gm)):
         outputs = interpreter.run(*fakes)
     flat, _ = torch.utils._pytree.tree_flatten(outputs)
+    noted, _ = torch.utils._pytree.tree_flatten(gm.graph.output_node().args[0])
     if len(flat) != len(compilation.traced_outputs):
         raise TofuError(f"{len(flat)} outputs, {len(compilation.traced_outputs)} were traced")
-    for i, (now, traced) in enumerate(zip(flat, compilation.traced_outputs, strict=True)):
-        if isinstance(traced, torch.Tensor) and _form(now) != _form(traced):
+    for i, (now, node, traced) in enumerate(zip(flat, noted, compilation.traced_outputs, strict=True)):
+        if not isinstance(traced, torch.Tensor):
+            continue
+        # Where the layout hangs on the kernel that attention will choose, the noted value and this one differ in it.
+        known = not isinstance(node, Node) or _form(node.meta["val"]) == _form(now)
+        if _form(now)[: None if known else 3] != _form(traced)[: None if known else 3]:
             raise TofuError(f"output {i} is {_form(now)}, was traced as {_form(traced)}")
 
 

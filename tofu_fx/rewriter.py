@@ -278,9 +278,11 @@ class Rewriter:
         if run.base.stream not in self.streams:
             self.streams[run.base.stream] = Stream(run, batch_of(self.tracer, site, axes))
             self.native[node] = 0
-        stream, version = self.streams[run.base.stream], self.native[node]
+        stream, version = self.streams[run.base.stream], self.native.get(node, 0)
         if run != stream.run:
             raise Barrier("other tokens joined the stream between two reductions")
+        if version != stream.newest:
+            raise Barrier("the tokens are whole again ahead of it")
         layout = self.layout(node)
         x = layout.to_canonical(self.emit, self.env[node, version], stream.count(self.emit, version, run))
         metric = Metric(self, site, stream, version).node()

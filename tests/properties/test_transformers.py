@@ -131,3 +131,11 @@ def test_output_that_was_traced_channels_last_stays_so_at_batch_one() -> None:
         rotary=True, prefix=5, pooling="conv", in_place=True, depth=3, grid=(3, 4),
     )  # fmt: skip
     prove(spec, "auto", r=1, batch=1, seed=3)
+
+
+def test_layout_that_hangs_on_the_attention_kernel_is_not_held_against_the_graph() -> None:
+    spec = Spec(
+        layout="NBC", post_norm=True, attention="sdpa", residual="branch_scaled", dropout=True, qk_norm=True,
+        mask="bool", prefix=1, pooling="conv", in_place=True, depth=1, grid=(2, 5),
+    )  # fmt: skip
+    prove(spec, "auto", r=1, batch=1, seed=1)
