@@ -121,6 +121,17 @@ def test_causal_mask_is_found_in_every_spelling_of_attention(spelling: str) -> N
 
 
 @torch.no_grad()
+def test_causal_mask_added_to_a_bias_that_the_model_computes_is_found() -> None:
+    def biased(m: Any, x: Tensor, hidden: bool) -> Tensor:
+        bias = (x @ x.transpose(1, 2))[:, None].tanh()
+        return bias + m.upper[: x.shape[1], : x.shape[1]] if hidden else bias
+
+    (reason,) = _reasons(randomise(Masked(lambda m, x: biased(m, x, True))), _x())
+    assert "causal" in reason
+    assert _reasons(randomise(Masked(lambda m, x: biased(m, x, False))), _x()) == {""}
+
+
+@torch.no_grad()
 def test_mask_of_pairs_is_declined() -> None:
     near = Masked(lambda m, x: (torch.arange(N)[:, None] - torch.arange(N)).abs() < 4)
     (reason,) = _reasons(randomise(near), _x())

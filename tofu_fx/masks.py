@@ -26,7 +26,7 @@ Hides = Literal["nothing", "keys", "pairs", "later", "unseen"]
 _ORDER: tuple[Hides, ...] = ("nothing", "keys", "pairs", "later", "unseen")
 
 HIDDEN = -100.0  # an additive mask hides from here on: models use -100 (Swin) to -inf; learnt biases stay far above
-_NEAR = 400  # nodes of a mask's making
+_NEAR = 400  # nodes of a mask's making that are followed
 _WORK = ("linear", "matmul", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention", "conv2d", "conv1d")
 _SHAPE_ONLY = ("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty")
 
@@ -56,8 +56,8 @@ class Masks:
         if mask.value.meta["val"].numel() == 1:
             return "nothing"
         making = self._making(mask.value)
-        if len(making) > _NEAR or any(is_op(node, *_WORK) and node in self.depends for node in making):
-            return "nothing"  # computed from the features: a bias
+        if len(making) > _NEAR:
+            return "unseen"
         inputs = [node for node in making if node.op == "placeholder" and node not in self.model_state]
         tensors = [node for node in inputs if isinstance(node.meta.get("val"), Tensor)]
         if any(sum(hint(size) == tokens for size in node.meta["val"].shape) > 1 for node in tensors):
@@ -76,15 +76,21 @@ class Masks:
         return max(found, key=_ORDER.index)
 
     def _making(self, mask: Node) -> list[Node]:
-        """The nodes that a mask's values are computed from, in graph order; behind a size there is nothing."""
+        """The nodes that a mask's values are computed from, in graph order; behind a size there is nothing.
+
+        Nor is there behind a product of features: what the model computes is a bias, around which a mask may be added.
+        """
         seen, todo = {mask}, [mask]
         while todo and len(seen) <= _NEAR:
             node = todo.pop()
-            if not is_op(node, "sym_size", *_SHAPE_ONLY):
+            if not is_op(node, "sym_size", *_SHAPE_ONLY) and not self._is_bias(node):
                 new = [value for value in node.all_input_nodes if value not in seen]
                 seen.update(new)
                 todo += new
         return [node for node in mask.graph.nodes if node in seen]
+
+    def _is_bias(self, node: Node) -> bool:
+        return is_op(node, *_WORK) and node in self.depends
 
     def _example(self, node: Node) -> Any:
         if self.example_inputs is None:
@@ -107,6 +113,8 @@ class Masks:
                 values[node] = _attribute(self.gm, str(node.target))
             elif is_op(node, "sym_size"):
                 values[node] = hint(node.meta["val"])
+            elif self._is_bias(node):
+                values[node] = _blank(node).zero_()
             elif not _is_safe(node):
                 raise _Unknown
             else:
