@@ -21,7 +21,7 @@ from tofu_fx.tracer import AxisTracer, trace
 _MASKED = {
     "later": "causal attention: a token must not see what is merged into it from later ones",
     "pairs": "the mask lets each token see some others only: of a merged token it would see more",
-    "unseen": "what the mask hides between pairs of tokens cannot be seen while compiling: it may be causal",
+    "unseen": "what the mask hides cannot be seen while compiling, or hangs on an input: it may be causal",
 }
 
 
@@ -49,9 +49,8 @@ def _site(tracer: AxisTracer, masks: Masks, attention: Attention, name: str, pat
     site = Site(name, path, attention, dim_size(keys), heads)
     reason = _reason(tracer, attention, queries, keys)
     if reason is None:
-        hides = {mask: masks.judge(attention, mask, site.tokens) for mask in attention.masks}
-        site.padding = [mask for mask in attention.masks if hides[mask] == "keys"]
-        reason = next((_MASKED[found] for found in hides.values() if found in _MASKED), None)
+        hides = masks.judge(attention, site.tokens)
+        site.padding, reason = hides == "keys", _MASKED.get(hides)
     if reason:
         site.decline = Decline(reason, attention.node)
     return site

@@ -76,4 +76,6 @@ def _same_form(target: Node, node: Node) -> bool:
         return False
     operands = [value.meta.get("val") for value in node.all_input_nodes]
     dtypes = {value.dtype for value in operands if isinstance(value, torch.Tensor) and value.dim() > 0}
-    return argument(node, "self") is target and before.shape == after.shape and dtypes == {before.dtype}
+    # A flag beside numbers (what a masked_fill_ fills) does not change what comes out.
+    same = dtypes - {torch.bool} <= {before.dtype}
+    return argument(node, "self") is target and before.shape == after.shape and same

@@ -85,7 +85,7 @@ def _serve(compilation: Compilation, rewriter: Rewriter, node: Node) -> None:
     """Write a node on its reduced inputs; where that cannot be, it is a barrier that the axes did not foresee."""
     try:
         rewriter.write(node)
-    except Barrier as barrier:
+    except (Barrier, RuntimeError) as barrier:  # shapes that do not fit are a RuntimeError of the fake values
         values = tuple(value for value in tensor_inputs(node) if compilation.traced.tokens(value))
         if not values or compilation.traced.is_fatal(node, values):
             raise

@@ -88,7 +88,7 @@ class Companions:
         """A tensor broadcast to another in all dims but one. (take_along_dim would make a symbolic batch a number.)"""
         sizes: list[Any] = [-1] * node.meta["val"].dim()
         for d, (size, wanted) in enumerate(zip(node.meta["val"].shape, other.meta["val"].shape, strict=True)):
-            if d != place and _is_one(size) and not _is_one(wanted):
+            if d != place and is_one(size) and not is_one(wanted):
                 sizes[d] = self.emit.call(aten.sym_size.int, other, d)
         grows = any(isinstance(size, Node) or size != -1 for size in sizes)
         return self.emit.call(aten.expand.default, node, sizes) if grows else node
@@ -108,7 +108,8 @@ class Companions:
         return value in self.tracer.depends and tensor.is_floating_point() and full and single and batched
 
 
-def _is_one(size: Any) -> bool:
+def is_one(size: Any) -> bool:
+    """Whether a size is 1 for sure; a symbolic one is not asked."""
     return isinstance(size, int) and size == 1
 
 

@@ -1,14 +1,14 @@
-"""What an attention's mask hides, judged by its values.
+"""What an attention's masks hide, judged by their values.
 
 Merging moves what a token sees: behind a causal mask a token would see what later ones were merged into an earlier one.
-Nobody can tell from the ops of a mask what it hides, so the part of the graph that makes it is run: once on the inputs
-that the graph was traced with, and once with every input that holds a number for each token (padding, positions,
-document numbers) replaced by random zeros and ones, for the calls that are to come.
+Nobody can tell from the ops of a mask what it hides. So what the model does to the scores on their way to the softmax
+and to the weights behind it is done to blank ones: first with the inputs that the graph was traced with, then with
+others (zeros, ones, random flags, running numbers) for the calls that are to come.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,15 +17,16 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from tofu_fx.graphs import is_op
-from tofu_fx.planning.site import Attention, Mask
-from tofu_fx.tokens import hint
+from tofu_fx.graphs import argument, is_alias, is_op, tensor_inputs
+from tofu_fx.planning.site import Attention
+from tofu_fx.tokens import Barrier, hint
 
 #: ordered: nothing is hidden; tokens are hidden from all alike (padding); some from some; later ones from earlier ones
-Hides = Literal["nothing", "keys", "pairs", "later", "unseen"]
-_ORDER: tuple[Hides, ...] = ("nothing", "keys", "pairs", "later", "unseen")
+Hides = Literal["nothing", "keys", "pairs", "unseen", "later"]
+_ORDER: tuple[Hides, ...] = ("nothing", "keys", "pairs", "unseen", "later")
 
-HIDDEN = -100.0  # an additive mask hides from here on: models use -100 (Swin) to -inf; learnt biases stay far above
+#: A key is hidden from a query if its logit is so far below the highest: exp(-46) = 1e-20 of the weight
+FAR_BELOW = 46.0
 _NEAR = 400  # nodes of a mask's making that are followed
 _WORK = ("linear", "matmul", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention", "conv2d", "conv1d")
 _SHAPE_ONLY = ("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty")
@@ -33,6 +34,20 @@ _SHAPE_ONLY = ("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros"
 
 class _Unknown(Exception):
     """The mask's values cannot be computed here."""
+
+
+def sides(attention: Attention) -> list[Node]:
+    """What joins the scores or the weights of an attention from aside."""
+    if attention.mask is not None:
+        return [attention.mask]
+    found = list(tensor_inputs(attention.way[0])[:1]) if _adds(attention.way) else []
+    for way in (attention.way, attention.after):
+        found += [value for node in way[1:] for value in tensor_inputs(node) if value not in way]
+    return list(dict.fromkeys(found))
+
+
+def _adds(way: Sequence[Node]) -> bool:
+    return bool(way) and is_op(way[0], "baddbmm")
 
 
 @dataclass
@@ -45,93 +60,173 @@ class Masks:
     example_inputs: Sequence[Any] | None
     _judged: dict[Any, Hides] = field(default_factory=dict)
 
-    def judge(self, attention: Attention, mask: Mask, tokens: int) -> Hides:
-        """What a mask hides from attention over so many tokens."""
-        key = (mask.value, mask.kind, *_dims(attention, mask))
+    def __post_init__(self) -> None:
+        self._place = {node: i for i, node in enumerate(self.gm.graph.nodes)}
+        self._inputs = {node: i for i, node in enumerate(self.gm.graph.find_nodes(op="placeholder"))}
+        mutable = [node for node in self._place if getattr(getattr(node.target, "_schema", None), "is_mutable", False)]
+        self._writes = [(node, set(_aliases(node))) for node in mutable]
+
+    def judge(self, attention: Attention, tokens: int) -> Hides:
+        """What the masks of an attention over so many tokens hide."""
+        joining = [value for value in sides(attention) if value.meta["val"].numel() != 1]
+        if not joining:
+            return "nothing"
+        ways = tuple((node.target, str(node.args[1:])) for node in (*attention.way[1:], *attention.after[1:]))
+        key = (tuple(sides(attention)), ways, tokens)
         if key not in self._judged:
-            self._judged[key] = self._judge(attention, mask, tokens)
+            self._judged[key] = self._judge(attention, tokens)
         return self._judged[key]
 
-    def _judge(self, attention: Attention, mask: Mask, tokens: int) -> Hides:
-        if mask.value.meta["val"].numel() == 1:
-            return "nothing"
-        making = self._making(mask.value)
+    def _judge(self, attention: Attention, tokens: int) -> Hides:
+        making = self._making(attention)
+        inputs = [n for n in making if n in self._inputs and n not in self.model_state and _is_tensor(n)]
         if len(making) > _NEAR:
             return "unseen"
-        inputs = [node for node in making if node.op == "placeholder" and node not in self.model_state]
-        tensors = [node for node in inputs if isinstance(node.meta.get("val"), Tensor)]
-        if any(sum(hint(size) == tokens for size in node.meta["val"].shape) > 1 for node in tensors):
-            return "unseen"
         try:
-            found = [_hides(self._value(mask.value, making, {}), attention, mask, tokens)]
+            found = [_hides(self._sees(attention, tokens, making, {}))]
+            examples = {node: self._example(node) for node in inputs}
         except _Unknown:
-            learnt = any(isinstance(node.meta.get("example_value"), torch.nn.Parameter) for node in making)
-            return "nothing" if learnt else "unseen"
-        generator = torch.Generator().manual_seed(0)
-        try:
-            changed = {node: _zeros_and_ones(self._example(node), generator) for node in tensors}
-            found.append(_hides(self._value(mask.value, making, changed), attention, mask, tokens))
-        except (_Unknown, RuntimeError, IndexError, ValueError):
-            pass  # these inputs cannot be replaced freely; what was traced counts
+            return "unseen"
+        for replace in _REPLACEMENTS if inputs else ():
+            generator = torch.Generator().manual_seed(0)
+            others = {node: replace(example, generator).to(example) for node, example in examples.items()}
+            try:
+                hides = _hides(self._sees(attention, tokens, making, others))
+            except _Unknown:
+                continue  # not a value that this input can take
+            found.append("unseen" if hides == "later" else hides)
         return max(found, key=_ORDER.index)
 
-    def _making(self, mask: Node) -> list[Node]:
-        """The nodes that a mask's values are computed from, in graph order; behind a size there is nothing.
+    def _making(self, attention: Attention) -> list[Node]:
+        """The nodes that the masks' values are computed from, in graph order; behind a size there is nothing.
 
         Nor is there behind a product of features: what the model computes is a bias, around which a mask may be added.
+        What is written into a mask, through a view of it too, belongs to its making.
         """
-        seen, todo = {mask}, [mask]
+        last = self._place[attention.node]
+        seen: set[Node] = set()
+        todo = sides(attention)
         while todo and len(seen) <= _NEAR:
             node = todo.pop()
+            if node in seen:
+                continue
+            seen.add(node)
             if not is_op(node, "sym_size", *_SHAPE_ONLY) and not self._is_bias(node):
-                new = [value for value in node.all_input_nodes if value not in seen]
-                seen.update(new)
-                todo += new
-        return [node for node in mask.graph.nodes if node in seen]
+                todo += [value for value in node.all_input_nodes if _is_tensor(value)]
+            if not todo:
+                todo = [w for w, written in self._writes if self._place[w] < last and w not in seen and written & seen]
+        return sorted(seen, key=self._place.__getitem__)
 
     def _is_bias(self, node: Node) -> bool:
-        return is_op(node, *_WORK) and node in self.depends
+        """Whether a product is one of features, with weights of the model in it."""
+        if not is_op(node, *_WORK) or node not in self.depends:
+            return False
+        seen, todo = {node}, [node]
+        while todo and len(seen) < _NEAR:
+            for value in todo.pop().all_input_nodes:
+                if isinstance(value.meta.get("example_value"), torch.nn.Parameter):
+                    return True
+                if value not in seen:
+                    seen.add(value)
+                    todo.append(value)
+        return len(seen) >= _NEAR
 
     def _example(self, node: Node) -> Any:
-        if self.example_inputs is None:
-            raise _Unknown
-        places = {n: i for i, n in enumerate(self.gm.graph.find_nodes(op="placeholder"))}
-        value = self.example_inputs[places[node]]
-        if isinstance(value, torch._subclasses.FakeTensor):
-            raise _Unknown
-        return hint(value) if isinstance(value, torch.SymInt) else value
-
-    @torch.no_grad()
-    def _value(self, mask: Node, making: list[Node], changed: dict[Node, Tensor]) -> Tensor:
-        values: dict[Node, Any] = dict(changed)
-        for node in making:
-            if node in values:
-                continue
-            if node.op == "placeholder":
-                values[node] = self._example(node)
-            elif node.op == "get_attr":
-                values[node] = _attribute(self.gm, str(node.target))
-            elif is_op(node, "sym_size"):
-                values[node] = hint(node.meta["val"])
-            elif self._is_bias(node):
-                values[node] = _blank(node).zero_()
-            elif not _is_safe(node):
-                raise _Unknown
-            else:
-                blank = is_op(node, *_SHAPE_ONLY)
-                args, kwargs = map_arg((node.args, node.kwargs), _blank if blank else values.__getitem__)
-                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        value: Tensor = values[mask]
-        if isinstance(value, torch._subclasses.FakeTensor):
+        value = None if self.example_inputs is None else self.example_inputs[self._inputs[node]]
+        if not isinstance(value, Tensor) or isinstance(value, torch._subclasses.FakeTensor):
             raise _Unknown
         return value
 
+    @torch.no_grad()
+    def _sees(self, attention: Attention, tokens: int, making: list[Node], others: dict[Node, Tensor]) -> Tensor:
+        """Which keys each query sees, ``[.., N, N]`` bool."""
+        try:
+            values = self._values(making, others)
+            if attention.mask is not None:
+                mask = values[attention.mask]
+                logits = torch.where(mask, 0.0, -torch.inf) if mask.dtype == torch.bool else mask
+                return visible(logits.double()).expand(*mask.shape[:-2], tokens, tokens)
+            first, dims = attention.way[0], (attention.softmax_query_dim, attention.softmax_dim)
+            logits = _blank(first).zero_()
+            if _adds(attention.way):
+                logits = logits + values[tensor_inputs(first)[0]]
+            logits = _along(attention.way, logits, values)
+            sees = visible(logits.double().movedim(dims, (-2, -1)))
+            assert attention.softmax is not None
+            weights = _along(attention.after, _blank(attention.softmax).fill_(1.0), values)
+            if weights.shape != logits.shape:
+                raise ValueError("the weights were rearranged behind the softmax")
+            return sees & (weights.movedim(dims, (-2, -1)) != 0)
+        except (Barrier, RuntimeError, IndexError, ValueError, TypeError, KeyError) as error:
+            raise _Unknown from error
 
-def _is_safe(node: Node) -> bool:
-    """Whether an op may be run while compiling: it changes no input and draws no random numbers."""
-    schema = getattr(node.target, "_schema", None)
-    random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-    return not random and not getattr(schema, "is_mutable", False)
+    def _values(self, making: list[Node], others: dict[Node, Tensor]) -> dict[Node, Any]:
+        values: dict[Node, Any] = {}
+        writes = any(getattr(getattr(node.target, "_schema", None), "is_mutable", False) for node in making)
+        for node in making:
+            if node.op == "placeholder":
+                value = others[node] if node in others else self._example(node)
+                values[node] = value.clone() if writes else value
+            elif node.op == "get_attr":
+                value = _attribute(self.gm, str(node.target))
+                values[node] = value.clone() if writes else value
+            elif self._is_bias(node):
+                values[node] = _blank(node).zero_()
+            else:
+                values[node] = _run(node, values)
+        if any(isinstance(value, torch._subclasses.FakeTensor) for value in values.values()):
+            raise _Unknown
+        return values
+
+
+def visible(logits: Tensor) -> Tensor:
+    """Where logits ``[.., Q, K]`` of blank scores let a query see a key. What is not a number is not seen."""
+    logits = torch.nan_to_num(logits, nan=-torch.inf, posinf=torch.finfo(logits.dtype).max, neginf=-torch.inf)
+    return logits > logits.amax((-2, -1), keepdim=True) - FAR_BELOW
+
+
+def _along(way: Sequence[Node], start: Tensor, values: dict[Node, Any]) -> Tensor:
+    """What becomes of a tensor on its way through the ops of the graph."""
+    env = {**values, way[0]: start}
+    for node in way[1:]:
+        env[node] = _run(node, env)
+    result: Tensor = env[way[-1]]
+    return result
+
+
+def _run(node: Node, values: dict[Node, Any]) -> Any:
+    if is_op(node, "sym_size"):
+        return hint(node.meta["val"])
+    if is_op(node, "dropout", "dropout_"):
+        return values[node.args[0]]  # type: ignore[index]
+    if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        raise _Unknown
+    blank = is_op(node, *_SHAPE_ONLY)
+
+    def value_of(n: Node) -> Any:
+        if not _is_tensor(n):
+            return hint(n.meta["val"]) if isinstance(n.meta["val"], torch.SymInt) else n.meta["val"]
+        return _blank(n) if blank else values[n]
+
+    args, kwargs = map_arg((node.args, node.kwargs), value_of)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _is_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), (Tensor, tuple, list))
+
+
+def _aliases(node: Node) -> Iterator[Node]:
+    """What an op that writes in place writes to: its operand and what that is a view of."""
+    target: Any = argument(node, "self", node.args[0] if node.args else None)
+    while isinstance(target, Node):
+        yield target
+        if target.op != "call_function" or not is_alias(target):
+            mutable = getattr(getattr(target.target, "_schema", None), "is_mutable", False)
+            if not mutable:
+                return
+        inputs = tensor_inputs(target)
+        target = inputs[0] if inputs else None
 
 
 def _attribute(gm: GraphModule, name: str) -> Any:
@@ -141,41 +236,33 @@ def _attribute(gm: GraphModule, name: str) -> Any:
     return value
 
 
-def _blank(node: Node) -> Any:
-    """A tensor of the right shape, for an op that looks at nothing else."""
+def _blank(node: Node) -> Tensor:
+    """A tensor of the right shape and dtype."""
     value = node.meta["val"]
-    if not isinstance(value, Tensor):
-        return hint(value)
     return torch.empty([hint(size) for size in value.shape], dtype=value.dtype, device=value.device)
 
 
-def _zeros_and_ones(value: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randint(0, 2, value.shape, generator=generator).to(value)
+def _flags(value: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 2, value.shape, generator=generator)
 
 
-def _dims(attention: Attention, mask: Mask) -> tuple[int, int]:
-    """The dims of queries and keys in the scores, counted from the end."""
-    key = attention.softmax_dim if attention.softmax is not None else -1
-    return attention.softmax_query_dim if attention.softmax is not None else -2, key
+#: What inputs are replaced by. Numbers that are added may hide by being far below; flags may mean either.
+_REPLACEMENTS: tuple[Callable[[Tensor, torch.Generator], Tensor], ...] = (
+    lambda value, _: torch.zeros(value.shape),
+    lambda value, _: torch.ones(value.shape),
+    _flags,
+    lambda value, _: torch.arange(value.numel()).view(value.shape),
+    lambda value, _: 1000 * torch.arange(1, value.numel() + 1).view(value.shape),
+    lambda value, generator: _flags(value, generator) * (-1e9 if value.is_floating_point() else 1),
+)
 
 
-def allowed(mask: Tensor, kind: str) -> Tensor:
-    """Where a mask lets a query see a key."""
-    if kind == "bias":
-        return mask > HIDDEN
-    return mask != 0 if kind == "keep" else mask == 0
-
-
-def _hides(value: Tensor, attention: Attention, mask: Mask, tokens: int) -> Hides:
-    query, key = _dims(attention, mask)
-    sees = allowed(value, mask.kind)
-    sees = sees.reshape((1,) * (max(-query, -key) - sees.dim()) + tuple(sees.shape)).movedim((query, key), (-2, -1))
-    sees = sees.expand(*sees.shape[:-2], tokens, tokens)
+def _hides(sees: Tensor) -> Hides:
     if bool(sees.all()):
         return "nothing"
     # A key that nobody sees is padding; what padding sees does not matter.
     there = sees.any(-2)
     hidden = ~sees & there.unsqueeze(-1) & there.unsqueeze(-2)
-    if not bool(hidden.any()):
-        return "keys"
-    return "later" if bool((hidden & sees.transpose(-2, -1)).any()) else "pairs"
+    if bool((hidden & sees.transpose(-2, -1)).any()):
+        return "later"
+    return "pairs" if bool(hidden.any()) else "keys"

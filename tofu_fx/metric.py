@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch.fx import Node
 
-from tofu_fx.companions import scores_dims
+from tofu_fx.companions import is_one, scores_dims
+from tofu_fx.graphs import is_op, tensor_inputs
 from tofu_fx.layout import Layout, aten, shape_of
-from tofu_fx.masks import HIDDEN
+from tofu_fx.masks import FAR_BELOW
 from tofu_fx.planning.site import Site
 from tofu_fx.streams import Stream
 from tofu_fx.tokens import Atom, Axes, Barrier, Dim, token_atoms
@@ -74,37 +76,65 @@ class Metric:
         return stream.trim(rewriter.emit, node, run)
 
     def _valid(self) -> Node:
-        """Which of the keys are no padding, ``[B or 1, N, 1]`` bool, by all masks of a site together."""
-        site, stream, version, rewriter = self.site, self.stream, self.version, self.rewriter
-        valid: Node | None = None
-        for mask in site.padding:
-            fused = site.attention.softmax is None
-            dims = scores_dims(rewriter.tracer, mask.consumer) if fused else rewriter.tracer.of(mask.consumer)
-            if rewriter.native.get(mask.value, 0):
-                node = rewriter.at(mask.value, version)
-            else:
-                rebased = (
-                    rewriter.companions.rebased(mask.consumer, {stream.run.base.stream: version}) if version else {}
-                )
-                node = rebased.get(mask.value, rewriter.env[mask.value, 0])
-            if mask.kind == "bias":
-                node = rewriter.emit.call(aten.gt.Scalar, node, HIDDEN)
-            else:
-                node = rewriter.emit.call((aten.ne if mask.kind == "keep" else aten.eq).Scalar, node, 0)
-            node = self._over_keys(node, dims, (-1 if fused else site.attention.softmax_dim) % len(dims))
-            valid = node if valid is None else rewriter.emit.call(aten.logical_and.default, valid, node)
-        assert valid is not None
-        return valid
+        """Which of the keys are no padding, ``[B or 1, N, 1]`` bool: blank scores show it, as in ``Masks``."""
+        attention, emit, tracer = self.site.attention, self.rewriter.emit, self.rewriter.tracer
+        if attention.mask is not None:
+            dims = scores_dims(tracer, attention.node)
+            seen = self._aside(attention.node, attention.mask)
+            while seen.meta["val"].dim() < len(dims):
+                seen = emit.call(aten.unsqueeze.default, seen, 0)
+            return self._over_keys(self._visible(seen, dims), dims, len(dims) - 1)
+        way, after = attention.way, attention.after
+        dims, place = tracer.of(way[-1]), attention.softmax_dim % len(tracer.of(way[-1]))
+        scores = self.rewriter.env[way[0], self.rewriter.native.get(way[0], 0)]
+        blank = emit.call(aten.zeros_like.default, scores)
+        if is_op(way[0], "baddbmm"):
+            blank = emit.call(aten.add.Tensor, blank, self._aside(way[0], tensor_inputs(way[0])[0]))
+        seen = self._visible(self._along(way, blank), dims)
+        if any(value not in after for node in after[1:] for value in tensor_inputs(node)):
+            left = self._along(after, emit.call(aten.ones_like.default, scores))
+            seen = emit.call(aten.logical_and.default, seen, emit.call(aten.ne.Scalar, left, 0))
+        return self._over_keys(seen, dims, place)
+
+    def _aside(self, consumer: Node, value: Node) -> Node:
+        """An operand that joins the scores, at the version of the keys."""
+        if self.rewriter.native.get(value, 0):
+            return self.rewriter.at(value, self.version)
+        newest = {self.stream.run.base.stream: self.version}
+        rebased = self.rewriter.companions.rebased(consumer, newest) if self.version else {}
+        return rebased.get(value, self.rewriter.env[value, 0])
+
+    def _along(self, way: tuple[Node, ...], value: Node) -> Node:
+        """Append the ops of a way again, for another tensor at its start."""
+        for before, node in itertools.pairwise(way):
+            mapping = {other: self._aside(node, other) for other in tensor_inputs(node) if other is not before}
+            value = self.rewriter.copy(node, {**mapping, before: value})
+        return value
+
+    def _visible(self, logits: Node, dims: tuple[Dim, ...]) -> Node:
+        emit, batch = self.rewriter.emit, self.stream.batch
+        if logits.meta["val"].dtype == torch.bool:
+            return logits
+        inner = [i for i, dim in enumerate(dims) if not any(atom in batch for atom in dim)]
+        top = emit.call(aten.amax.default, logits, inner, True)
+        return emit.call(aten.gt.Tensor, logits, emit.call(aten.sub.Scalar, top, FAR_BELOW))
 
     def _over_keys(self, node: Node, dims: tuple[Dim, ...], place: int) -> Node:
         """Flags over (a part of) ``dims`` -> ``[B or 1, N, 1]``: whether any query of any head has the flag."""
-        while node.meta["val"].dim() < len(dims):
-            node = self.rewriter.emit.call(aten.unsqueeze.default, node, 0)
-        batch = [i for i, dim in enumerate(dims) if i != place and any(atom in self.stream.batch for atom in dim)]
-        if any(atom not in self.stream.batch for i in batch for atom in dims[i]) or len(batch) > 1:
-            raise Barrier("a padding mask whose batch is merged with the heads")
+        emit, batch = self.rewriter.emit, self.stream.batch
+        mixed = [i for i, dim in enumerate(dims) if any(a in batch for a in dim) and any(a not in batch for a in dim)]
+        if any(not is_one(node.meta["val"].shape[i]) for i in mixed):
+            count = emit.call(aten.sym_size.int, node, place)
+            apart = [[(atom,) for atom in dim] if i in mixed else [dim] for i, dim in enumerate(dims)]
+            place, dims = sum(map(len, apart[:place])), tuple(dim for part in apart for dim in part)
+            node = emit.call(aten.reshape.default, node, shape_of(emit, dims, count))
+        found = [i for i, dim in enumerate(dims) if i != place and any(atom in batch for atom in dim)]
+        if len(found) > 1:
+            raise Barrier("a padding mask over several batch axes")
         for i in range(len(dims)):
-            if i != place and i not in batch:
-                node = self.rewriter.emit.call(aten.any.dim, node, i, True)
-        count = self.rewriter.emit.call(aten.sym_size.int, node, place)
-        return self.rewriter.emit.call(aten.reshape.default, node, [-1, count, 1])
+            if i != place and i not in found:
+                node = emit.call(aten.any.dim, node, i, True)
+        count = emit.call(aten.sym_size.int, node, place)
+        if found and found[0] > place:
+            node = emit.call(aten.transpose.int, node, found[0], place)
+        return emit.call(aten.reshape.default, node, [-1, count, 1])

@@ -11,18 +11,18 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 
-import torch
 from torch.fx import Graph, Node
 
 from tofu_fx.graphs import argument, is_op, tensor_inputs
-from tofu_fx.planning.site import Attention, Mask
+from tofu_fx.planning.site import Attention
 
 #: whole layers in one op: what nn.TransformerEncoder and nn.MultiheadAttention become in eval mode without gradients
 OPAQUE = ("_transformer_encoder_layer_fwd", "_native_multi_head_attention")
 PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
 _BETWEEN = tuple(
     "mul div add sub rsub masked_fill where to _to_copy type_as contiguous clone dropout clamp tanh alias detach "  # noqa: SIM905
-    "permute transpose linear expand view reshape flatten unflatten _unsafe_view unsqueeze squeeze copy".split()
+    "minimum maximum permute transpose linear expand "
+    "view reshape flatten unflatten _unsafe_view unsqueeze squeeze copy".split()
 )
 _FAR = 24  # ops between a product and its softmax; in 77 real models there were at most 9
 
@@ -42,8 +42,7 @@ def find_attentions(graph: Graph) -> Iterator[Attention]:
 
 def _fused(node: Node) -> Attention:
     query, key, mask = (argument(node, name) for name in ("query", "key", "attn_mask"))
-    masks = () if mask is None else (Mask(mask, node, "keep" if mask.meta["val"].dtype == torch.bool else "bias"),)
-    return Attention(node, query, -2, key, -2, -1, masks=masks, causal=bool(argument(node, "is_causal")))
+    return Attention(node, query, -2, key, -2, -1, mask=mask, causal=bool(argument(node, "is_causal")))
 
 
 def _written(softmax: Node) -> Attention | None:
@@ -60,10 +59,10 @@ def _written(softmax: Node) -> Attention | None:
     left, right = scores.args[1:3] if is_op(scores, "baddbmm") else scores.args[:2]
     assert isinstance(left, Node)
     assert isinstance(right, Node)
-    masks = tuple(_masks(softmax, scores))
+    ways = _way(scores, softmax), _way(softmax, value_product)
     if dim == rank - 1:  # q [.., L, E] @ k^T [.., E, S]
-        return Attention(value_product, left, -2, right, -1, -2, scores, softmax, -2, -1, masks)
-    return Attention(value_product, right, -1, left, -2, -1, scores, softmax, -1, -2, masks)
+        return Attention(value_product, left, -2, right, -1, -2, scores, softmax, -2, -1, *ways)
+    return Attention(value_product, right, -1, left, -2, -1, scores, softmax, -1, -2, *ways)
 
 
 def _from_einsum(scores: Node, softmax: Node, dim: int, value_product: Node) -> Attention | None:
@@ -94,39 +93,25 @@ def _from_einsum(scores: Node, softmax: Node, dim: int, value_product: Node) -> 
         softmax,
         output.index(queries[0]) - len(output),
         dim - len(output),
-        tuple(_masks(softmax, scores)),
+        _way(scores, softmax),
+        _way(softmax, value_product),
     )
 
 
-def _masks(softmax: Node, scores: Node) -> Iterator[Mask]:
-    """What joins the scores on their way to the softmax, other than themselves."""
-    way = _way_back(softmax, scores)
-    for node in way:
-        for value in tensor_inputs(node):
-            if value in way or (node is scores and not (is_op(node, "baddbmm") and value is node.args[0])):
-                continue
-            if is_op(node, "masked_fill") and value is node.args[1]:
-                yield Mask(value, node, "hide")
-            elif is_op(node, "where") and value is node.args[0]:
-                yield Mask(value, node, "keep" if node.args[1] in way else "hide")
-            elif is_op(node, "add", "sub", "rsub", "baddbmm"):
-                yield Mask(value, node, "bias")
-
-
-def _way_back(softmax: Node, scores: Node) -> list[Node]:
-    """The nodes from the softmax's input back to the scores, both included."""
+def _way(start: Node, end: Node) -> tuple[Node, ...]:
+    """The nodes from ``start`` to the input through which ``end`` reads it, by the shortest way back."""
     came: dict[Node, Node] = {}
-    todo = deque([softmax])
-    while todo and scores not in came:
+    todo = deque([end])
+    while todo and start not in came:
         node = todo.popleft()
-        for value in tensor_inputs(node) if node is softmax or is_op(node, *_BETWEEN) else ():
+        for value in tensor_inputs(node) if node is end or is_op(node, *_BETWEEN) else ():
             if value not in came:
                 came[value] = node
                 todo.append(value)
-    way = [scores]
-    while came[way[-1]] is not softmax:
+    way = [start]
+    while came[way[-1]] is not end:
         way.append(came[way[-1]])
-    return way
+    return tuple(way)
 
 
 def _nearest(start: Node, back: bool) -> Node | None:
@@ -136,7 +121,7 @@ def _nearest(start: Node, back: bool) -> Node | None:
         node, far = todo.popleft()
         if (is_op(node, *PRODUCTS) and node is not start) or (back and is_op(node, *PRODUCTS)):
             return node
-        if far > _FAR or not (is_op(node, *_BETWEEN) or (node is start)):
+        if far > _FAR or not (is_op(node, *_BETWEEN) or (node is start and not back)):
             continue
         for other in tensor_inputs(node) if back else node.users:
             if other not in seen:

@@ -90,7 +90,7 @@ class Rewriter:
                 value = self.env[node, version]
                 self.env[node, 0] = stream.restore(self.emit, value, self.layout(node), version, additive=True)
             elif self._is_row_wise_of_chain(node) or isinstance(node.meta["val"], (tuple, list)):
-                self.env[node, 0] = self._copy(node, {value: self.whole(value) for value in sources})
+                self.env[node, 0] = self.copy(node, {value: self.whole(value) for value in sources})
             else:
                 value = self.env[node, version]
                 self.env[node, 0] = stream.restore(self.emit, value, self.layout(node), version, additive=False)
@@ -128,7 +128,7 @@ class Rewriter:
         self.emit.origin = node
         carried = [value for value in tensor_inputs(node) if self.stream_of(value) is not None]
         if not any(self.native.get(value, 0) for value in carried):
-            self.env[node, 0] = self._copy(node, {})
+            self.env[node, 0] = self.copy(node, {})
             return
         if is_op(node, "sym_size"):
             self.env[node, 0] = self._traced_size(node)
@@ -147,7 +147,7 @@ class Rewriter:
         else:
             if bias is not None:
                 mapping[node.args[0]] = self.emit.call(aten.add.Tensor, mapping[node.args[0]], bias)
-            new = self._copy(node, mapping)
+            new = self.copy(node, mapping)
         version = newest[self._number(node)] if self.tracer.tokens(node) else 0
         self.env[node, version] = new
         if version:
@@ -165,7 +165,7 @@ class Rewriter:
         assert isinstance(dim, int)
         if any(atom.is_token for atom in self.tracer.of(source)[dim]):
             return hint(node.meta["val"])
-        return self._copy(node, {source: self.env[source, self.native.get(source, 0)]})
+        return self.copy(node, {source: self.env[source, self.native.get(source, 0)]})
 
     def write_whole(self, node: Node) -> Any:
         """Append a barrier or the output on whole tokens."""
@@ -173,7 +173,7 @@ class Rewriter:
         mapping = {value: self.whole(value) for value in self._reduced_inputs(node)}
         if node.op == "output":
             return map_arg(node.args[0], lambda n: self._as_traced(n, self._mapped(n, mapping)))
-        self.env[node, 0] = self._copy(node, mapping)
+        self.env[node, 0] = self.copy(node, mapping)
         return None
 
     def _as_traced(self, old: Node, new: Any) -> Any:
@@ -188,7 +188,8 @@ class Rewriter:
         new = self.emit.call(aten.contiguous.default, self.emit.call(aten.permute.default, new, order))
         return self.emit.call(aten.permute.default, new, [order.index(dim) for dim in range(was.dim())])
 
-    def _copy(self, node: Node, mapping: dict[Node, Any]) -> Any:
+    def copy(self, node: Node, mapping: dict[Node, Any]) -> Any:
+        """Append a node again with some inputs replaced, the others whole."""
         return self.emit.copy(node, lambda n: self._mapped(n, mapping))
 
     def _mapped(self, node: Node, mapping: dict[Node, Any]) -> Any:

@@ -34,7 +34,9 @@ def schedule(sites: Sequence[Site], options: Options) -> None:
         for depth, (site, r) in enumerate(zip(members, wanted, strict=True)):
             row = plan.sites[matched.index(site)] if plan is not None else None
             site.strategy = row.strategy if row else _strategy(options, depth, len(members))
-            cap = max_reduction(count, site.lead, site.tail)
+            # If every candidate must go, the one at the edge of the padding has to cross it.
+            free = count - site.lead - site.tail
+            cap = (free - 1) // 2 if site.padding else max_reduction(count, site.lead, site.tail)
             if r > cap:
                 site.notes.append(f"r = {r} capped at {cap}: {count} tokens, {site.lead + site.tail} of them protected")
             site.r = min(r, cap)

@@ -3,23 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from torch.fx import Node
 
 from tofu_fx.graphs import source_line
-
-
-@dataclass(frozen=True)
-class Mask:
-    """What joins the scores of an attention from aside: ``consumer`` is the node in which it does.
-
-    ``kind`` says how ``value`` is meant: true (not 0) keeps, true hides, or a number that is added.
-    """
-
-    value: Node
-    consumer: Node
-    kind: Literal["keep", "hide", "bias"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +15,8 @@ class Attention:
 
     ``key`` has its tokens in dim ``key_tokens`` and the contracted features in dim ``key_features``. ``scores`` (the
     product of queries and keys) and ``softmax`` are None for the fused op. ``softmax_query_dim`` and ``softmax_dim``
-    are the dims of queries and keys in the softmax, counted from the end.
+    are the dims of queries and keys in the softmax, counted from the end. ``way`` are the nodes from the scores to the
+    softmax's input, ``after`` those from the softmax to what the values are multiplied with, each with both ends.
     """
 
     node: Node
@@ -41,7 +29,9 @@ class Attention:
     softmax: Node | None = None
     softmax_query_dim: int = -2
     softmax_dim: int = -1
-    masks: tuple[Mask, ...] = ()
+    way: tuple[Node, ...] = ()
+    after: tuple[Node, ...] = ()
+    mask: Node | None = None
     causal: bool = False
 
 
@@ -78,8 +68,8 @@ class Site:
     r: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
-    #: masks that hide tokens from all others alike: these must not be merged with the ones that are seen
-    padding: list[Mask] = field(default_factory=list)
+    #: whether a mask hides tokens from all others alike: these must not be merged with the ones that are seen
+    padding: bool = False
     notes: list[str] = field(default_factory=list)
 
     @property
