@@ -53,6 +53,12 @@ def _filled_in_place(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return scores.softmax(-1) @ v
 
 
+def _filled_in_a_view(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    scores = _scores(q, k)
+    scores.view(scores.shape).masked_fill_(~mask, -math.inf)
+    return scores.softmax(-1) @ v
+
+
 def _behind_softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return (_scores(q, k).softmax(-1) * mask.float()) @ v
 
@@ -173,6 +179,16 @@ def test_causal_mask_however_it_is_made_is_declined_and_nothing_leaks_back(how: 
 def test_causal_mask_is_found_in_every_spelling_of_attention(spelling: str) -> None:
     (reason,) = _reasons(randomise(Masked(CAUSAL["a buffer"], ATTEND[spelling])), _x())
     assert "causal" in reason
+
+
+@torch.no_grad()
+def test_scores_that_are_written_through_a_view_are_declined() -> None:
+    model = randomise(Masked(CAUSAL["a buffer"], _filled_in_a_view))
+    assert all(_reasons(model, _x()))
+    changed = _x()
+    changed[:, -5:] += 1
+    call = compiled(model, r=R)
+    assert torch.equal(call(_x())[:, :-5], call(changed)[:, :-5])
 
 
 @torch.no_grad()

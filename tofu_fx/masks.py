@@ -41,9 +41,11 @@ def sides(attention: Attention) -> list[Node]:
     if attention.mask is not None:
         return [attention.mask]
     found = list(tensor_inputs(attention.way[0])[:1]) if _adds(attention.way) else []
-    for way in (attention.way, attention.after):
-        found += [value for node in way[1:] for value in tensor_inputs(node) if value not in way]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys([*found, *_joined(attention.way), *_joined(attention.after)]))
+
+
+def _joined(way: Sequence[Node]) -> list[Node]:
+    return [value for node in way[1:] for value in tensor_inputs(node) if value not in way]
 
 
 def _adds(way: Sequence[Node]) -> bool:
@@ -68,6 +70,9 @@ class Masks:
 
     def judge(self, attention: Attention, tokens: int) -> Hides:
         """What the masks of an attention over so many tokens hide."""
+        ways_on = {*attention.way, *attention.after}
+        if any(written & ways_on and node not in ways_on for node, written in self._writes):
+            return "unseen"  # something is written into the scores or the weights themselves
         joining = [value for value in sides(attention) if value.meta["val"].numel() != 1]
         if not joining:
             return "nothing"
@@ -152,6 +157,8 @@ class Masks:
                 logits = logits + values[tensor_inputs(first)[0]]
             logits = _along(attention.way, logits, values)
             sees = visible(logits.double().movedim(dims, (-2, -1)))
+            if not _joined(attention.after):
+                return sees
             assert attention.softmax is not None
             weights = _along(attention.after, _blank(attention.softmax).fill_(1.0), values)
             if weights.shape != logits.shape:
