@@ -46,7 +46,8 @@ def _site(tracer: AxisTracer, masks: Masks, attention: Attention, name: str, pat
     queries = tracer.of(attention.query)[attention.query_tokens]
     keys = tracer.of(attention.key)[attention.key_tokens]
     heads = _heads(tracer, attention)
-    site = Site(name, path, attention, dim_size(keys), heads)
+    width = dim_size(tracer.of(attention.key)[attention.key_features])
+    site = Site(name, path, attention, dim_size(keys), heads, heads * width)
     reason = _reason(tracer, attention, queries, keys)
     if reason is None:
         hides = masks.judge(attention, site.tokens)

@@ -8,12 +8,16 @@ After:  ``%y = add(%x, %branch)``; ``%z = tofu.fuse_tokens(%y, mean of keys over
 
 from __future__ import annotations
 
+from contextlib import suppress
+from dataclasses import replace
+
 from torch.fx import Graph, GraphModule, Node
 
 from tofu_fx.compilation import Compilation
 from tofu_fx.graphs import LITERAL, tensor_inputs
 from tofu_fx.inputs import InputFakes, faking
 from tofu_fx.layout import Emitter
+from tofu_fx.placement import next_branch
 from tofu_fx.planning.site import Decline, Site
 from tofu_fx.rewriter import Rewriter
 from tofu_fx.tokens import Barrier
@@ -35,6 +39,8 @@ def insert_reductions(compilation: Compilation) -> None:
     written again.
     """
     while compilation.reducing:
+        if compilation.rehearsed is not None:
+            compilation.rehearsed = []
         try:
             compilation.gm = GraphModule(compilation.gm, _write(compilation))
             compilation.token_counts = [site.tokens_out for site in compilation.reducing if compilation.shared_kernels]
@@ -49,7 +55,8 @@ def _write(compilation: Compilation) -> Graph:
     inputs, new = InputFakes(compilation), Graph()
     with faking(inputs.fake_mode):
         _write_nodes(compilation, inputs, new)
-    new.eliminate_dead_code()
+    if compilation.rehearsed is None:
+        new.eliminate_dead_code()
     new.lint()
     return new
 
@@ -68,6 +75,7 @@ def _write_nodes(compilation: Compilation, inputs: InputFakes, new: Graph) -> No
         if node.op == "get_attr":
             rewriter.env[node, 0] = inputs.copy(new, node)
         elif node.op == "output":
+            _add_branches(compilation, rewriter)
             new.output(rewriter.write_whole(node))
         elif node in barriers:
             rewriter.write_whole(node)
@@ -79,6 +87,17 @@ def _write_nodes(compilation: Compilation, inputs: InputFakes, new: Graph) -> No
                 rewriter.reduce(site, counts[node], seed=number)
             except Barrier as barrier:
                 raise _SiteLost(site, str(barrier)) from None
+
+
+def _add_branches(compilation: Compilation, rewriter: Rewriter) -> None:
+    """For calibration: the branch behind each site, as a function of the operator's output."""
+    order = {node: i for i, node in enumerate(compilation.gm.graph.nodes)}
+    for i, entry in enumerate(compilation.rehearsed or ()):
+        assert entry.site.reduce_at is not None
+        branch = next_branch(entry.site.reduce_at, order)
+        if branch is not None and rewriter.native.get(branch) == rewriter.native[entry.site.reduce_at]:
+            with suppress(Barrier):
+                compilation.rehearsed[i] = replace(entry, branch=rewriter.canonical(branch))  # type: ignore[index]
 
 
 def _serve(compilation: Compilation, rewriter: Rewriter, node: Node) -> None:

@@ -65,13 +65,7 @@ def same_bits(outputs: Any, expected: Any) -> bool:
 
 def plan_rows(compilation: Compilation, **update: Any) -> list[PlanRow]:
     """The rows of the plan of a compilation, changed as told."""
-    return [
-        PlanRow(
-            id=site.id, module_path=site.module_path, tokens=site.tokens, heads=site.heads, strategy="prune", r=0
-        ).model_copy(update={"strategy": site.strategy, "r": site.r, **update})
-        for site in compilation.sites
-        if site.matched
-    ]
+    return [PlanRow.of(site).model_copy(update=update) for site in compilation.sites if site.matched]
 
 
 def permutation_plan(compilation: Compilation) -> Plan:

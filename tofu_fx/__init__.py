@@ -3,13 +3,15 @@
 ``torch.compile(model, backend="tofu", options={"ratio": 0.5})`` is all most users need; nothing has to be imported.
 """
 
-from tofu_fx.errors import OptionError, PassError, PlanError, TofuError, TofuWarning, Unsupported
+from tofu_fx.errors import CalibrationError, OptionError, PassError, PlanError, TofuError, TofuWarning, Unsupported
 from tofu_fx.options import Options
+from tofu_fx.planning.calibrate import calibrate
 from tofu_fx.planning.plan import Plan
 from tofu_fx.report.explain import Explanation, explain
 from tofu_fx.report.tokens import token_groups
 
 __all__ = [
+    "CalibrationError",
     "Explanation",
     "OptionError",
     "Options",
@@ -19,6 +21,7 @@ __all__ = [
     "TofuError",
     "TofuWarning",
     "Unsupported",
+    "calibrate",
     "explain",
     "token_groups",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from tofu_fx.options import Options
-from tofu_fx.planning.site import Attention, Site
+from tofu_fx.planning.site import Attention, Rehearsed, Site
 from tofu_fx.tracer import AxisTracer, BarrierRecord
 
 
@@ -39,6 +39,8 @@ class Compilation:
     shared_kernels: bool = False
     #: what is passed for those inputs, behind the traced ones (insert_reductions)
     token_counts: list[int] = field(default_factory=list)
+    #: what calibration needs to know of each site; None where the graph is rewritten to be compiled (insert_reductions)
+    rehearsed: list[Rehearsed] | None = None
     #: the node being worked on, for the message if a pass fails
     at: Node | None = None
     #: pass name -> seconds (the runner)

@@ -25,3 +25,7 @@ class Unsupported(TofuError):
 
 class TofuWarning(UserWarning):
     """Something was not accelerated, or a graph was compiled untouched. Never silent, never an error."""
+
+
+class CalibrationError(TofuError, ValueError):
+    """Calibration cannot be done as asked: inputs, a target or a model that it cannot use. Says what to do instead."""

@@ -24,6 +24,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from tofu_fx.compilation import Compilation
+from tofu_fx.errors import Unsupported
 from tofu_fx.layout import Count
 from tofu_fx.planning.site import Site
 
@@ -49,7 +50,10 @@ class InputFakes:
 
     def __init__(self, compilation: Compilation) -> None:
         nodes = compilation.gm.graph.find_nodes(op="placeholder")
-        compilation.shared_kernels = compilation.shared_kernels and all(_can_share(node) for node in nodes)
+        anywhere = compilation.rehearsed is not None
+        compilation.shared_kernels = compilation.shared_kernels and all(_can_share(node, anywhere) for node in nodes)
+        if anywhere and not compilation.shared_kernels:
+            raise Unsupported("its inputs have symbolic sizes, or are no tensors: calibrate with fixed shapes")
         self.shared = compilation.shared_kernels
         self.fake_mode = FakeTensorMode(shape_env=ShapeEnv()) if self.shared else fake_mode_of(compilation.gm)
 
@@ -80,9 +84,9 @@ class InputFakes:
         return node
 
 
-def _can_share(node: Node) -> bool:
+def _can_share(node: Node, on_any_device: bool) -> bool:
     value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor) or value.device.type != "cpu":
+    if not isinstance(value, torch.Tensor) or not (on_any_device or value.device.type == "cpu"):
         return False
     return all(isinstance(size, int) for size in (*value.shape, *value.stride()))
 

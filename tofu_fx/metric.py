@@ -1,4 +1,4 @@
-"""What a reduction compares tokens by: the attention's keys, one vector for each token, padding kept apart."""
+"""What a reduction compares tokens by: one vector for each token from its attention, padding kept apart."""
 
 from __future__ import annotations
 
@@ -45,17 +45,35 @@ class Metric:
     stream: Stream
     version: int
 
-    def node(self) -> Node:
-        """Append the attention's keys averaged over the heads, ``[B, N, D]``; with padding, ``[B, N, D + 1]``."""
-        site, stream, version, rewriter = self.site, self.stream, self.version, self.rewriter
-        key = site.attention.key
-        axes = list(rewriter.tracer.of(key))
-        place, feature = (d % len(axes) for d in (site.attention.key_tokens, site.attention.key_features))
-        node = rewriter.env[key, rewriter.native.get(key, 0)]
+    def node(self, kind: str) -> Node:
+        """Append the metric, ``[B, N, M]``; with padding, ``[B, N, M + 1]``.
+
+        Args:
+            kind: "keys" (averaged over the heads: the paper's), "heads" (the keys of all heads side by side), or
+                "queries_keys" (the queries of all heads besides).
+        """
+        attention = self.site.attention
+        node, run = self._vectors(attention.key, attention.key_tokens, attention.key_features, kind == "keys")
+        if kind == "queries_keys":
+            query = (attention.query, attention.query_tokens, attention.query_features)
+            queries, other = self._vectors(*query, mean_heads=False)
+            if other != run:
+                raise Barrier("the queries lack tokens that the keys have, so they cannot be compared together")
+            node = self.rewriter.emit.call(aten.cat.default, [queries, node], 2)
+        if self.site.padding:
+            node = self.rewriter.emit.call(torch.ops.tofu.separate.default, node, self._valid())
+        return self.stream.trim(self.rewriter.emit, node, run)
+
+    def _vectors(self, source: Node, place: int, feature: int, mean_heads: bool) -> tuple[Node, Atom]:
+        """Queries or keys as ``[B, N, M]``, and the run of tokens that they are of."""
+        stream, version, rewriter = self.stream, self.version, self.rewriter
+        axes = list(rewriter.tracer.of(source))
+        place, feature = (d % len(axes) for d in (place, feature))
+        node = rewriter.env[source, rewriter.native.get(source, 0)]
         if not token_atoms((axes[place],)):
             axes[place] = (stream.run,)  # the stream's first site: its keys were made before the stream starts
         run = axes[place][0]
-        if rewriter.native.get(key, 0) != version:
+        if rewriter.native.get(source, 0) != version:
             raise Barrier("the keys are not of the tokens that are reduced")
         if any(len(dim) > 1 and i not in (place, feature) for i, dim in enumerate(axes)):  # bmm: [B*H, N, D]
             apart = [[d] if i in (place, feature) else [(atom,) for atom in d] for i, d in enumerate(axes)]
@@ -65,15 +83,12 @@ class Metric:
                 aten.reshape.default, node, shape_of(rewriter.emit, axes, stream.count(rewriter.emit, version, run))
             )
         heads = [i for i, d in enumerate(axes) if i not in (place, feature) and not any(a in stream.batch for a in d)]
-        if heads:
+        if heads and mean_heads:
             node = rewriter.emit.call(aten.mean.dim, node, heads)
             axes = [dim for i, dim in enumerate(axes) if i not in heads]
             place -= sum(i < place for i in heads)
         layout = Layout(tuple(axes), place, stream.batch)
-        node = layout.to_canonical(rewriter.emit, node, stream.count(rewriter.emit, version, run))
-        if site.padding:
-            node = rewriter.emit.call(torch.ops.tofu.separate.default, node, self._valid())
-        return stream.trim(rewriter.emit, node, run)
+        return layout.to_canonical(rewriter.emit, node, stream.count(rewriter.emit, version, run)), run
 
     def _valid(self) -> Node:
         """Which of the keys are no padding, ``[B or 1, N, 1]`` bool: blank scores show it, as in ``Masks``."""

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from tofu_fx.errors import OptionError
 
 Strategy = Literal["auto", "prune", "mean", "mlerp"]
+Match = Literal["keys", "heads", "queries_keys"]
 
 
 class Options(BaseModel):
@@ -29,6 +30,10 @@ class Options(BaseModel):
     """"prune", "mean" or "mlerp" everywhere; "auto" without a calibrated plan prunes in the first half of the layers
     and merges with MLERP after (arXiv 2312.01026, section 4)."""
 
+    match: Literal["auto"] | Match = "auto"
+    """What tokens are compared by: the attention's "keys" averaged over its heads (the paper's, and "auto"), the keys
+    of all "heads" side by side, or "queries_keys" of all heads. The wider ones cost more and match better."""
+
     placement: Literal["auto", "stream", "branch"] = "auto"
     """Where tokens are reduced: "stream" (the residual stream, after the attention's add) is what "auto" takes."""
 
@@ -36,7 +41,7 @@ class Options(BaseModel):
     """Add log(size) to the logits of keys that stand for several tokens. "auto" does wherever sizes exist."""
 
     plan: Any = None
-    """A :class:`tofu_fx.Plan`, or the path of one; then ``ratio``, ``r`` and ``strategy`` come from it."""
+    """A :class:`tofu_fx.Plan`, or the path of one; then ``ratio``, ``r``, ``strategy`` and ``match`` come from it."""
 
     on_error: Literal["fallback", "raise"] = "fallback"
     """When a pass fails: compile the untouched graph and warn once, or raise."""
@@ -65,8 +70,9 @@ class Options(BaseModel):
         given = [key for key in ("ratio", "r", "plan") if getattr(self, key) is not None]
         if len(given) > 1:
             raise ValueError(f"give one of {' and '.join(given)}, not both: each decides how many tokens go")
-        if self.plan is not None and self.strategy != "auto":
-            raise ValueError("'strategy' comes from the plan's rows; leave it out or edit the plan")
+        for key in ("strategy", "match"):
+            if self.plan is not None and getattr(self, key) != "auto":
+                raise ValueError(f"{key!r} comes from the plan's rows; leave it out or edit the plan")
         counts = self.r if isinstance(self.r, tuple) else (self.r or 0,)
         if any(count < 0 for count in counts):
             raise ValueError(f"'r' must not be negative, got {self.r}")
@@ -120,6 +126,7 @@ def _explain(error: Any) -> str:
         "ratio": "a number in [0, 1)",
         "r": "an int or a list of ints, not negative",
         "proportional_attention": "'auto', True or False",
+        "match": "'auto', 'keys', 'heads' or 'queries_keys'",
         "inductor": "a dict of inductor's options",
         "mode": "the name of an inductor mode",
     }.get(key, str(error["msg"]))

@@ -33,7 +33,7 @@ def find_attentions(graph: Graph) -> Iterator[Attention]:
         if is_op(node, "scaled_dot_product_attention"):
             yield _fused(node)
         elif is_op(node, *OPAQUE):
-            yield Attention(node, node.args[0], -2, node.args[0], -2, -1)
+            yield Attention(node, node.args[0], -2, -1, node.args[0], -2, -1)
         elif is_op(node, "softmax", "_softmax"):
             found = _written(node)
             if found is not None:
@@ -42,7 +42,7 @@ def find_attentions(graph: Graph) -> Iterator[Attention]:
 
 def _fused(node: Node) -> Attention:
     query, key, mask = (argument(node, name) for name in ("query", "key", "attn_mask"))
-    return Attention(node, query, -2, key, -2, -1, mask=mask, causal=bool(argument(node, "is_causal")))
+    return Attention(node, query, -2, -1, key, -2, -1, mask=mask, causal=bool(argument(node, "is_causal")))
 
 
 def _written(softmax: Node) -> Attention | None:
@@ -61,8 +61,8 @@ def _written(softmax: Node) -> Attention | None:
     assert isinstance(right, Node)
     ways = _way(scores, softmax), _way(softmax, value_product)
     if dim == rank - 1:  # q [.., L, E] @ k^T [.., E, S]
-        return Attention(value_product, left, -2, right, -1, -2, scores, softmax, -2, -1, *ways)
-    return Attention(value_product, right, -1, left, -2, -1, scores, softmax, -1, -2, *ways)
+        return Attention(value_product, left, -2, -1, right, -1, -2, scores, softmax, -2, -1, *ways)
+    return Attention(value_product, right, -1, -2, left, -2, -1, scores, softmax, -1, -2, *ways)
 
 
 def _from_einsum(scores: Node, softmax: Node, dim: int, value_product: Node) -> Attention | None:
@@ -86,6 +86,7 @@ def _from_einsum(scores: Node, softmax: Node, dim: int, value_product: Node) -> 
         value_product,
         operands[query],  # type: ignore[index, arg-type]
         terms[query].index(queries[0]),
+        terms[query].index(contracted[0]),
         operands[key],  # type: ignore[index, arg-type]
         terms[key].index(label),
         terms[key].index(contracted[0]),

@@ -46,6 +46,7 @@ def run_pipeline(
     example_inputs: Sequence[Any] | None = None,
     skip: Collection[str] = (),
     shared_kernels: bool = False,
+    rehearse: bool = False,
 ) -> Compilation:
     """Run the passes over a Dynamo graph (which stays as it is) and return what they found and made.
 
@@ -55,6 +56,7 @@ def run_pipeline(
         example_inputs: what the graph is called with first, from Dynamo; attention behind a mask is declined without.
         skip: names of passes to leave out, for experiments.
         shared_kernels: make token counts inputs of the rewritten graph (see ``tofu_fx.inputs``).
+        rehearse: do so on any device, and write what ``tofu_fx.planning.rehearsal`` needs.
 
     Raises:
         TofuError: from a pass on purpose (an option or plan that does not fit, an unsupported graph).
@@ -63,7 +65,8 @@ def run_pipeline(
     unknown = set(skip) - {p.__name__ for p in PASSES}
     if unknown:
         raise TofuError(f"unknown pass to skip: {', '.join(sorted(unknown))}")
-    compilation = Compilation(gm, options, example_inputs, shared_kernels=shared_kernels)
+    compilation = Compilation(gm, options, example_inputs, shared_kernels=shared_kernels or rehearse)
+    compilation.rehearsed = [] if rehearse else None
     placeholders = len(gm.graph.find_nodes(op="placeholder"))
     for run in PASSES:
         if run.__name__ not in skip:

@@ -45,6 +45,20 @@ def place_site(site: Site, plain: AxisTracer, order: dict[Node, int]) -> None:
     site.decline = Decline("no residual add follows the attention", attention.node)
 
 
+def next_branch(start: Node, order: dict[Node, int]) -> Node | None:
+    """What the first residual add behind a node of the stream adds to it; None where there is none near."""
+    came_from: dict[Node, set[Node]] = {start: set()}  # each node with those between the start and it
+    for node in sorted(_descendants(start, order), key=order.__getitem__):
+        inputs = [value for value in node.all_input_nodes if value in came_from]
+        if is_op(node, "add") and len(inputs) == 2:
+            skip, branch = sorted(inputs, key=order.__getitem__)
+            if skip is start or skip in came_from[branch]:
+                return branch
+        if inputs:
+            came_from[node] = set(inputs).union(*(came_from[value] for value in inputs))
+    return None
+
+
 def token_places(plain: AxisTracer, node: Node, tokens: Atom) -> list[tuple[int, int]]:
     """Where a tensor carries the tokens: (dim, place among that dim's atoms), for ``[B, N, C]`` and ``[B*N, C]``."""
     axes = plain.of(node)

@@ -6,9 +6,10 @@ on whole tokens) is simply appended where it is first needed.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch.fx import Node
@@ -19,7 +20,8 @@ from tofu_fx.compilation import Compilation
 from tofu_fx.graphs import LITERAL, argument, is_op, tensor_inputs
 from tofu_fx.layout import Count, Emitter, Layout, align, aten
 from tofu_fx.metric import Metric, batch_of
-from tofu_fx.planning.site import Site
+from tofu_fx.options import Match
+from tofu_fx.planning.site import Rehearsed, Site
 from tofu_fx.streams import Stream
 from tofu_fx.tokens import Axes, Barrier, hint, token_atoms, token_dim
 from tofu_fx.tracer import AxisTracer
@@ -217,7 +219,7 @@ class Rewriter:
     def _weighted(self, node: Node, value: Any, newest: dict[int, int]) -> Any:
         """The input of a pooling over tokens, weighted by size: sum(x) -> sum(size x), mean(x) -> sum(size x) / N.
 
-        ``mean`` divides by the tokens there are, so its weights are size * there are / there were.
+        ``mean`` divides by the tokens there are, so its weights are size / mean size.
         """
         source = node.args[0]
         assert isinstance(source, Node)
@@ -227,8 +229,10 @@ class Rewriter:
         sizes = stream.sizes_of(self.emit, version, layout.atom)
         weights = align(self.emit, sizes, layout.axes, layout.tokens, stream.batch)
         if self.tracer.pools[node] == "mean":
-            there_are = hint(value.meta["val"].shape[layout.tokens])
-            weights = self.emit.call(aten.mul.Tensor, weights, there_are / layout.atom.size)
+            # Sizes add up to the tokens there were, so their mean is what there were for each that there is.
+            weights = self.emit.call(
+                aten.div.Tensor, weights, self.emit.call(aten.mean.dim, weights, [layout.tokens], True)
+            )
         weights = self.emit.call(aten.to.dtype, weights, value.meta["val"].dtype)
         return self.emit.call(aten.mul.Tensor, value, weights)
 
@@ -286,8 +290,30 @@ class Rewriter:
             raise Barrier("the tokens are whole again ahead of it")
         layout = self.layout(node)
         x = layout.to_canonical(self.emit, self.env[node, version], stream.count(self.emit, version, run))
-        metric = Metric(self, site, stream, version).node()
+        metric = Metric(self, site, stream, version).node(site.match)
+        rehearsed, others = self.compilation.rehearsed, {}
+        if rehearsed is not None:
+            others = self._other_metrics(site, stream, version)
         step = stream.reduce(self.emit, x, metric, site.strategy, count, seed, additive=node in self.chain)
+        if rehearsed is not None:
+            fuse = step.merged.args[0]
+            assert isinstance(fuse, Node)
+            rehearsed.append(Rehearsed(site, fuse, {site.match: metric, **others}))
         self.env[node, version + 1] = layout.from_canonical(self.emit, step.merged, step.count)
         self.native[node] = version + 1
         self.chain.add(node)
+
+    def _other_metrics(self, site: Site, stream: Stream, version: int) -> dict[str, Node]:
+        """The metrics of a site beside its own, those that can be written."""
+        found = {}
+        for kind in get_args(Match):
+            if kind != site.match:
+                with suppress(Barrier):
+                    found[kind] = Metric(self, site, stream, version).node(kind)
+        return found
+
+    def canonical(self, node: Node) -> Node:
+        """A node of tokens, at the version at which it was computed, as ``[B, N, F]``."""
+        version, stream, layout = self.native[node], self.stream_of(node), self.layout(node)
+        assert stream is not None
+        return layout.to_canonical(self.emit, self.env[node, version], stream.count(self.emit, version, layout.atom))

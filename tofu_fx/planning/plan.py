@@ -1,44 +1,156 @@
-"""A Plan: for every attention site how many tokens go, and how. JSON to save, read, edit and pass back."""
+"""A Plan: for every attention site how many tokens go, and how. JSON to save, read, edit and pass back.
+
+``tofu_fx.calibrate`` makes one from measurements and writes down what it measured; ``explain().plan`` makes one from
+the options. Only ``strategy``, ``match`` and ``r`` of the rows decide anything, and may be edited; what identifies a
+site is checked against the graph.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Sequence
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tofu_fx.errors import PlanError
+from tofu_fx.options import Match
 from tofu_fx.planning.site import Site
 
+if TYPE_CHECKING:
+    from rich.table import Table
 
-class PlanRow(BaseModel):
-    """What happens at one site. ``tokens``, ``heads`` identify the site; ``strategy`` and ``r`` are the decision."""
+VERSION = 2
 
+
+class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
+
+class Spread(_Record):
+    """A measured quantity: its mean, and its standard deviation over tokens and samples."""
+
+    mean: float
+    std: float = Field(ge=0)
+
+
+class PlanRow(_Record):
+    """What happens at one site.
+
+    ``graph`` (which of the model's Dynamo graphs), ``id``, ``tokens``, ``heads`` and ``dim`` identify the site;
+    ``strategy``, ``match`` (what tokens are compared by) and ``r`` are the decision. The rest is what calibration measured there, None or empty in
+    other plans: the ``linearity`` of the branch behind the site between samples (arXiv 2312.01026) and between the
+    tokens that would be merged (``pair_linearity``), the ``error`` at the model's output that is put down to this site,
+    and the ``reason`` for the decision in words.
+    """
+
+    graph: int = Field(default=0, ge=0)
     id: str
     module_path: str
-    tokens: int
+    tokens: int = Field(ge=1)
     heads: int
+    dim: int
     strategy: Literal["prune", "mean", "mlerp", "permute"]
+    match: Match = "keys"
     r: int = Field(ge=0)
     placement: Literal["stream"] = "stream"
+    linearity: Spread | None = None
+    pair_linearity: Spread | None = None
+    error: float | None = None
+    reason: str = ""
+
+    @classmethod
+    def of(cls, site: Site, graph: int = 0) -> PlanRow:
+        """What was decided about a site."""
+        return cls(
+            graph=graph,
+            id=site.id,
+            module_path=site.module_path,
+            tokens=site.tokens,
+            heads=site.heads,
+            dim=site.dim,
+            strategy=site.strategy,  # type: ignore[arg-type]
+            match=site.match,  # type: ignore[arg-type]
+            r=site.r,
+        )
+
+    @property
+    def identity(self) -> tuple[int, str, int, int]:
+        """What a site is known by beside its number of tokens."""
+        return self.graph, self.id, self.heads, self.dim
 
 
-class Plan(BaseModel):
-    """The decisions for one model, in the order of its sites."""
+class Figures(_Record):
+    """What a plan costs and gives on the calibration inputs, relative to the plain model. None where not known.
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    ``error`` is in the plan's own ``metric``, ``flops`` a share of the plain model's, ``speedup`` a ratio of times.
+    """
 
-    version: Literal[1] = 1
+    error: float | None = None
+    flops: float | None = None
+    speedup: float | None = None
+
+
+class Calibration(_Record):
+    """How a plan was made: the target, what it was measured with and on, and what was predicted and measured."""
+
+    target: Literal["speedup", "flops", "error", "none"]
+    value: float | None
+    policy: Literal["sensitivity", "linearity"]
+    threshold: float | None
+    metric: str
+    seed: int
+    samples: int
+    forward_passes: float
+    seconds: float
+    device: str
+    libraries: dict[str, str]
+    predicted: Figures
+    measured: Figures
+    compared: dict[str, Figures] = Field(default_factory=dict)
+    notes: list[str] = Field(default_factory=list)
+
+
+class Plan(_Record):
+    """The decisions for one model, in the order of its sites, and how they were made."""
+
+    version: Literal[2] = VERSION
+    model: str | None = None
+    fingerprint: str = ""
+    calibration: Calibration | None = None
     sites: list[PlanRow]
 
+    def model_post_init(self, _: Any) -> None:
+        """Write the fingerprint of a plan that has none yet."""
+        if not self.fingerprint:
+            object.__setattr__(self, "fingerprint", fingerprint(self.sites))
+
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON."""
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(self.model_dump_json(indent=2) + "\n")
+        """Write the plan as JSON; a file that stood there is replaced as a whole or not at all."""
+        target = Path(path)
+        try:
+            with tempfile.NamedTemporaryFile(
+                "w", encoding="utf-8", dir=target.absolute().parent, prefix=f".{target.name}.", delete=False
+            ) as file:
+                try:
+                    file.write(self.to_json())
+                    file.close()
+                    os.chmod(file.name, 0o666 & ~_umask())
+                    os.replace(file.name, target)
+                except BaseException:
+                    file.close()
+                    Path(file.name).unlink(missing_ok=True)
+                    raise
+        except OSError as error:
+            raise PlanError(f"plan {os.fspath(path)!r} cannot be written: {error.strerror}") from None
+
+    def to_json(self) -> str:
+        """The JSON that ``save`` writes: one line for each decision and figure, what is unknown left out."""
+        return json.dumps(self.model_dump(exclude_none=True), indent=2) + "\n"
 
     @classmethod
     def load(cls, plan: Any) -> Plan:
@@ -57,30 +169,113 @@ class Plan(BaseModel):
                     plan = json.load(file)
             except OSError as error:
                 raise PlanError(f"{where} cannot be read: {error.strerror}") from None
-            except json.JSONDecodeError as error:
+            except ValueError as error:  # no JSON, or no text at all
                 raise PlanError(f"{where} is not JSON: {error}") from None
+        if isinstance(plan, dict) and plan.get("version", VERSION) != VERSION:
+            raise PlanError(
+                f"{where} has version {plan['version']!r}, this tofu_fx reads version {VERSION}: "
+                "make the plan again with this version"
+            )
         try:
-            return cls.model_validate(plan)
+            read = cls.model_validate(plan)
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"]) or "its top level"
             raise PlanError(f"{where}: {key}: {first['msg']}, got {first['input']!r}") from None
+        if read.fingerprint != fingerprint(read.sites):
+            raise PlanError(
+                f"{where}: its sites are not those that it was made for: of a row only 'strategy', 'match' and 'r' "
+                "may be edited"
+            )
+        return read
 
-    def check_fits(self, sites: Sequence[Site]) -> None:
-        """Raise PlanError naming the first site that differs between the plan and the graph."""
-        for i in range(max(len(self.sites), len(sites))):
+    def rows_for(self, sites: Sequence[Site]) -> tuple[list[PlanRow], list[str]]:
+        """The rows of the graph that has these sites, and what must be said about the fit.
+
+        Where only the numbers of tokens differ (another image size), the plan's counts are taken as shares.
+
+        Raises:
+            PlanError: naming the first site that differs between the plan and the graph, or a row that takes more
+                tokens than it can.
+        """
+        graphs = sorted({row.graph for row in self.sites}) or [0]
+        options = [[row for row in self.sites if row.graph == graph] for graph in graphs]
+        names = [site.id for site in sites]
+        rows = next((rows for rows in options if [row.id for row in rows] == names), options[0])
+        self._check_sites(rows, sites)
+        if all(row.tokens == site.tokens for row, site in zip(rows, sites, strict=True)):
+            _check_counts(rows, sites)
+            return rows, []
+        row, site = next((r, s) for r, s in zip(rows, sites, strict=True) if r.tokens != s.tokens)
+        note = (
+            f"the plan was made for {row.tokens} tokens at {site.id!r}, the graph has {site.tokens}: "
+            "its counts are taken as shares of the tokens"
+        )
+        return _as_shares(rows, sites), [note]
+
+    def _check_sites(self, rows: Sequence[PlanRow], sites: Sequence[Site]) -> None:
+        counts = f"the plan has {len(rows)} sites, the graph {len(sites)}"
+        for i in range(max(len(rows), len(sites))):
             if i >= len(sites):
-                raise PlanError(
-                    f"the plan has {len(self.sites)} sites, the graph {len(sites)}: {self.sites[i].id!r} is not in it"
-                )
-            if i >= len(self.sites):
-                raise PlanError(
-                    f"the plan has {len(self.sites)} sites, the graph {len(sites)}: it says nothing of {sites[i].id!r}"
-                )
-            row, site = self.sites[i], sites[i]
-            for key, got in (("id", site.id), ("tokens", site.tokens), ("heads", site.heads)):
-                if getattr(row, key) != got:
+                raise PlanError(f"{counts}: {rows[i].id!r} is not in it")
+            if i >= len(rows):
+                raise PlanError(f"{counts}: it says nothing of {sites[i].id!r}")
+            for key in ("id", "heads", "dim"):
+                got, wanted = getattr(sites[i], key), getattr(rows[i], key)
+                if got != wanted:
                     raise PlanError(
-                        f"the plan is of another model or input size: site {i} has {key} {got!r} in the graph, "
-                        f"{getattr(row, key)!r} in the plan; make the plan again for this model"
+                        f"the plan is of another model: site {i} has {key} {got!r} in the graph, {wanted!r} in the "
+                        "plan; make the plan again for this model"
                     )
+
+    def table(self) -> Table:
+        """The plan as a rich table: one row for each site, with the reasons."""
+        from tofu_fx.report.plans import plan_table
+
+        return plan_table(self)
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw linearity, strategy, tokens and predicted error per site into a picture (needs matplotlib)."""
+        from tofu_fx.report.plans import draw_plan
+
+        draw_plan(self, path)
+
+
+def fingerprint(rows: Sequence[PlanRow]) -> str:
+    """A hash of the sites that a plan is for (not of its decisions)."""
+    sites = [[*row.identity, row.tokens] for row in rows]
+    return hashlib.sha256(json.dumps(sites).encode()).hexdigest()[:16]
+
+
+def _check_counts(rows: Sequence[PlanRow], sites: Sequence[Site]) -> None:
+    left: dict[int, int] = {}
+    for row, site in zip(rows, sites, strict=True):
+        tokens = left.setdefault(site.stream, site.tokens)
+        if row.r > site.cap(tokens):
+            raise PlanError(
+                f"the plan takes {row.r} tokens at {row.id!r}, but of the {tokens} that arrive there (of which "
+                f"{site.lead + site.tail} are protected) at most {site.cap(tokens)} can go at once"
+            )
+        left[site.stream] = tokens - row.r
+
+
+def _as_shares(rows: Sequence[PlanRow], sites: Sequence[Site]) -> list[PlanRow]:
+    """The rows for other numbers of tokens: behind each site the same share of the free tokens is left."""
+    wanted, left, scaled = dict[int, int](), dict[int, int](), []
+    for row, site in zip(rows, sites, strict=True):
+        protected = site.lead + site.tail
+        before = wanted.setdefault(site.stream, row.tokens)
+        tokens = left.setdefault(site.stream, site.tokens)
+        wanted[site.stream] = before - row.r
+        share = (wanted[site.stream] - protected) / max(row.tokens - protected, 1)
+        keep = protected + round(share * (site.tokens - protected))
+        r = max(0, min(tokens - keep, site.cap(tokens)))
+        left[site.stream] = tokens - r
+        scaled.append(row.model_copy(update={"tokens": site.tokens, "r": r}))
+    return scaled
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -6,47 +6,57 @@ import itertools
 from collections.abc import Sequence
 
 from tofu_fx.errors import OptionError
-from tofu_fx.ops import max_reduction
 from tofu_fx.options import Options
 from tofu_fx.planning.plan import Plan
 from tofu_fx.planning.site import Site
 
 DEFAULT_RATIO = 0.5
 
+#: strategy, what tokens are compared by, tokens to remove
+Decision = tuple[str, str, int]
+
 
 def schedule(sites: Sequence[Site], options: Options) -> None:
-    """Decide ``strategy``, ``r``, ``tokens_in`` and ``tokens_out`` of the matched sites, in graph order.
+    """Decide ``strategy``, ``match``, ``r``, ``tokens_in`` and ``tokens_out`` of the matched sites, in graph order.
 
     Raises:
         OptionError: when ``r`` lists another number of sites than the graph has.
-        PlanError: when the plan is of another graph.
+        PlanError: when the plan is of another graph, or takes more tokens than it can.
     """
     matched = [site for site in sites if site.matched]
-    plan = Plan.load(options.plan) if options.plan is not None else None
-    if plan is not None:
-        plan.check_fits(matched)
+    decisions = _from_plan(matched, options) if options.plan is not None else _from_options(matched, options)
+    left: dict[int, int] = {}
+    for site, (strategy, match, r) in zip(matched, decisions, strict=True):
+        count = left.setdefault(site.stream, site.tokens)
+        cap = site.cap(count)
+        if r > cap:
+            site.notes.append(f"r = {r} capped at {cap}: {count} tokens, {site.lead + site.tail} of them protected")
+        site.strategy, site.match, site.r = strategy, match, min(r, cap)
+        site.tokens_in, site.tokens_out = count, count - site.r
+        left[site.stream] = site.tokens_out
+
+
+def _from_plan(matched: Sequence[Site], options: Options) -> list[Decision]:
+    rows, notes = Plan.load(options.plan).rows_for(matched)
+    if matched:
+        matched[0].notes.extend(notes)
+    return [(row.strategy, row.match, row.r) for row in rows]
+
+
+def _from_options(matched: Sequence[Site], options: Options) -> list[Decision]:
     if isinstance(options.r, tuple) and len(options.r) != len(matched):
         raise OptionError(f"option 'r' lists {len(options.r)} layers, the graph has {len(matched)} attention sites")
-    for stream in sorted({site.stream for site in matched}):
+    match = "keys" if options.match == "auto" else options.match
+    decided: dict[str, Decision] = {}
+    for stream in {site.stream for site in matched}:
         members = [site for site in matched if site.stream == stream]
-        wanted = _wanted(members, matched, options, plan)
-        count = members[0].tokens
+        wanted = _wanted(members, matched, options)
         for depth, (site, r) in enumerate(zip(members, wanted, strict=True)):
-            row = plan.sites[matched.index(site)] if plan is not None else None
-            site.strategy = row.strategy if row else _strategy(options, depth, len(members))
-            # If every candidate must go, the one at the edge of the padding has to cross it.
-            free = count - site.lead - site.tail
-            cap = (free - 1) // 2 if site.padding else max_reduction(count, site.lead, site.tail)
-            if r > cap:
-                site.notes.append(f"r = {r} capped at {cap}: {count} tokens, {site.lead + site.tail} of them protected")
-            site.r = min(r, cap)
-            site.tokens_in, site.tokens_out = count, count - site.r
-            count = site.tokens_out
+            decided[site.id] = (_strategy(options, depth, len(members)), match, r)
+    return [decided[site.id] for site in matched]
 
 
-def _wanted(members: Sequence[Site], matched: Sequence[Site], options: Options, plan: Plan | None) -> list[int]:
-    if plan is not None:
-        return [plan.sites[matched.index(site)].r for site in members]
+def _wanted(members: Sequence[Site], matched: Sequence[Site], options: Options) -> list[int]:
     if isinstance(options.r, tuple):
         return [options.r[matched.index(site)] for site in members]
     if options.r is not None:

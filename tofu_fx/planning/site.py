@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch.fx import Node
@@ -13,7 +14,8 @@ from tofu_fx.graphs import source_line
 class Attention:
     """One attention in the graph.
 
-    ``key`` has its tokens in dim ``key_tokens`` and the contracted features in dim ``key_features``. ``scores`` (the
+    ``key`` has its tokens in dim ``key_tokens`` and the contracted features in dim ``key_features``, and ``query`` its
+    own in ``query_tokens`` and ``query_features``. ``scores`` (the
     product of queries and keys) and ``softmax`` are None for the fused op. ``softmax_query_dim`` and ``softmax_dim``
     are the dims of queries and keys in the softmax, counted from the end. ``way`` are the nodes from the scores to the
     softmax's input, ``after`` those from the softmax to what the values are multiplied with, each with both ends.
@@ -22,6 +24,7 @@ class Attention:
     node: Node
     query: Node
     query_tokens: int
+    query_features: int
     key: Node
     key_tokens: int
     key_features: int
@@ -50,7 +53,8 @@ class Decline:
 class Site:
     """An attention at which tokens may be reduced. Either ``decline`` is set, or ``reduce_at`` and what follows are.
 
-    ``tokens``, ``lead`` and ``tail`` are counts in the untouched graph; ``r`` and ``strategy`` are decided by the plan;
+    ``tokens``, ``lead`` and ``tail`` are counts in the untouched graph, ``dim`` the width of all heads together; ``r``,
+    ``strategy`` and ``match`` are decided by the plan;
     ``tokens_in`` and ``tokens_out`` are what the rewritten graph has there.
     """
 
@@ -59,12 +63,14 @@ class Site:
     attention: Attention
     tokens: int
     heads: int
+    dim: int
     decline: Decline | None = None
     reduce_at: Node | None = None
     lead: int = 0
     tail: int = 0
     stream: int = -1
     strategy: str = "prune"
+    match: str = "keys"
     r: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
@@ -77,7 +83,37 @@ class Site:
         """Whether tokens can be reduced here."""
         return self.decline is None
 
+    def cap(self, tokens: int) -> int:
+        """The most that can go at once when ``tokens`` arrive: half of those that are not protected."""
+        free = max(tokens - self.lead - self.tail, 0)
+        # If every candidate must go, the one at the edge of the padding has to cross it.
+        return max(free - 1, 0) // 2 if self.padding else free // 2
+
     @property
     def planned(self) -> bool:
         """Whether the schedule decided about it; the rewriter may still have given it up afterwards."""
         return self.tokens_in > 0
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """One site in a graph that is rewritten for calibration.
+
+    ``fuse`` is its operator, ``metrics`` the nodes that it could compare tokens by. ``branch`` is what the block's next
+    branch adds to the stream, as ``[B, N, C]``, a function of the operator's first output ``[B, N, C]``; None where
+    there is none.
+    """
+
+    site: Site
+    fuse: Node
+    metrics: Mapping[str, Node]
+    branch: Node | None = None
+
+    @property
+    def merged(self) -> Node:
+        """The operator's first output: the reduced stream."""
+        return self.part(0)
+
+    def part(self, place: int) -> Node:
+        """One of the operator's outputs."""
+        return next(user for user in self.fuse.users if user.args[1] == place)

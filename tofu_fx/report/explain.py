@@ -15,7 +15,7 @@ from tofu_fx.backend import Outcome, rewrite, run_once
 from tofu_fx.options import Options
 from tofu_fx.planning.plan import Plan, PlanRow
 from tofu_fx.planning.site import Site
-from tofu_fx.report.flops import count_flops
+from tofu_fx.planning.flops import count_flops
 
 
 @dataclass
@@ -107,7 +107,7 @@ class Explanation:
 
     @property
     def plan(self) -> Plan:
-        """The decisions as a Plan, to save, edit and pass as ``options={"plan": ...}`` (models of one graph)."""
+        """The decisions as a Plan, to save, edit and pass as ``options={"plan": ...}``."""
         return Plan(sites=[row for graph in self.graphs for row in graph.plan_rows])
 
     def print(self, console: Console | None = None) -> None:
@@ -171,11 +171,7 @@ def _report(outcome: Outcome, number: int) -> GraphReport:
     compilation = outcome.compilation
     if compilation is None or compilation.before is None:
         return GraphReport(outcome.message, [], [], "", "", 0, 0, {}, {}, [])
-    rows = [
-        PlanRow(id=s.id, module_path=s.module_path, tokens=s.tokens, heads=s.heads, strategy=s.strategy, r=s.r)  # type: ignore[arg-type]
-        for s in compilation.sites
-        if s.planned
-    ]
+    rows = [PlanRow.of(s, number) for s in compilation.sites if s.planned]
     after = compilation.gm if compilation.reducing else compilation.before
     return GraphReport(
         outcome.message,

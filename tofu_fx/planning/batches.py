@@ -1,0 +1,126 @@
+"""What users calibrate with: a tensor, a tuple, an iterable of batches or a DataLoader, as batches of one form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tofu_fx.errors import CalibrationError
+
+_FORMS = (
+    "a tensor, a tuple of positional arguments, a dict of keyword arguments, or an iterable of these (a DataLoader)"
+)
+_LABELS = ("label", "labels", "target", "targets")
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """The arguments of one call of the model."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors among the arguments."""
+        return [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor)]
+
+    @property
+    def samples(self) -> int:
+        """Size of dim 0 of the first tensor that has one."""
+        return next(tensor.shape[0] for tensor in self.tensors if tensor.dim())
+
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The tensors' shapes without dim 0."""
+        return [tuple(tensor.shape[1:]) for tensor in self.tensors]
+
+    def split(self, size: int) -> list[Batch]:
+        """Parts of at most ``size`` samples: of every tensor that has as many as the batch, dim 0 is split."""
+        count = self.samples
+        if count <= size:
+            return [self]
+
+        def part(value: Any, start: int) -> Any:
+            along = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == count
+            return value[start : start + size] if along else value
+
+        return [
+            Batch(tuple(part(v, at) for v in self.args), {k: part(v, at) for k, v in self.kwargs.items()})
+            for at in range(0, count, size)
+        ]
+
+
+def read_batches(inputs: Any, batch_size: int, device: torch.device | None = None) -> list[Batch]:
+    """The inputs as batches of at most ``batch_size`` samples, on the model's device.
+
+    A tensor, tuple or dict is one call's arguments; anything else is gone through once, and each item is a batch. An
+    item that is a list or tuple loses its labels: the 1-dim tensors behind the first, of one number for each sample.
+
+    Raises:
+        CalibrationError: no batches, a batch that is no tensor, tuple or dict, or batches of different shapes.
+    """
+    if isinstance(inputs, (Tensor, tuple, Mapping)):
+        items: Iterable[Any] = [inputs]
+        unlabelled = isinstance(inputs, (tuple, Mapping))
+    elif isinstance(inputs, Iterable) and not isinstance(inputs, (str, bytes)):
+        items, unlabelled = inputs, False
+    else:
+        raise CalibrationError(f"inputs: expected {_FORMS}, got {type(inputs).__name__}")
+    batches: list[Batch] = []
+    for number, item in enumerate(items):
+        batch = _read(item, number, unlabelled)
+        if batches and batch.shapes() != batches[0].shapes():
+            raise CalibrationError(
+                f"inputs: batch {number} has shapes {batch.shapes()} (without the batch's own dim), batch 0 has "
+                f"{batches[0].shapes()}; calibrate with inputs of one size"
+            )
+        _check_finite(batch, number)
+        batches.extend(_moved(part, device) for part in batch.split(batch_size))
+    if not batches:
+        raise CalibrationError("inputs: no batch in them; at least one is needed, and 32 to 64 samples are typical")
+    return batches
+
+
+def _read(item: Any, number: int, unlabelled: bool) -> Batch:
+    if isinstance(item, Tensor):
+        batch = Batch((item,))
+    elif isinstance(item, Mapping):
+        batch = Batch((), {key: value for key, value in item.items() if unlabelled or key not in _LABELS})
+    elif isinstance(item, (list, tuple)):
+        args = tuple(item)
+        while not unlabelled and len(args) > 1 and _is_label(args[-1], args[0]):
+            args = args[:-1]
+        batch = Batch(args)
+    else:
+        raise CalibrationError(f"inputs: batch {number} is a {type(item).__name__}; expected {_FORMS}")
+    if any(isinstance(value, (list, tuple)) for value in batch.args):
+        raise CalibrationError(
+            f"inputs: batch {number} holds a {type(batch.args[0]).__name__} where a tensor is expected: each item must "
+            "be one batch, not a list of batches"
+        )
+    if not any(tensor.dim() and tensor.shape[0] for tensor in batch.tensors):
+        raise CalibrationError(f"inputs: batch {number} holds no tensor with samples in its dim 0; expected {_FORMS}")
+    return batch
+
+
+def _is_label(value: Any, first: Any) -> bool:
+    if not isinstance(value, Tensor):
+        return isinstance(value, (int, float, str))
+    return isinstance(first, Tensor) and first.dim() > 1 and value.dim() == 1 and value.shape[0] == first.shape[0]
+
+
+def _check_finite(batch: Batch, number: int) -> None:
+    for tensor in batch.tensors:
+        if tensor.is_floating_point() and bool(tensor.isnan().any()):
+            raise CalibrationError(f"inputs: batch {number} holds NaN values; check how it is loaded and normalised")
+
+
+def _moved(batch: Batch, device: torch.device | None) -> Batch:
+    def move(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) and device is not None else value
+
+    return Batch(tuple(map(move, batch.args)), {key: move(value) for key, value in batch.kwargs.items()})

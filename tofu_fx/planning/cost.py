@@ -1,0 +1,135 @@
+"""What a plan costs: operations and bytes from the graph, and seconds fitted to a few measured forward passes.
+
+The rewritten graph's shapes are expressions of its token counts, so the cost of any plan is an expression too. A node
+whose shapes hang on one count belongs to the segment behind that site; hence the cost of a plan is (all but) a sum over
+sites of functions of one count each, which is what the planner's search needs.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy
+import sympy
+import torch
+
+from tofu_fx.planning.flops import node_bytes, node_flops
+from tofu_fx.planning.rehearsal import Choices, Rehearsal
+
+#: token counts behind a site, or one of them
+Counts = numpy.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Expression:
+    """A cost as a function of the token counts behind each site of one graph."""
+
+    symbols: tuple[sympy.Symbol, ...]
+    parts: Mapping[frozenset[sympy.Symbol], sympy.Expr]
+
+    @classmethod
+    def of(cls, rehearsal: Rehearsal, count: Callable[..., Any]) -> Expression:
+        """Add up ``count(node, size)`` over the nodes that a run's outputs need."""
+        graph = rehearsal.gm.graph
+        placeholders = graph.find_nodes(op="placeholder")[-len(rehearsal.sites) :]
+        symbols = tuple(node.meta["val"].node.expr for node in placeholders)
+        parts: dict[frozenset[sympy.Symbol], Any] = defaultdict(lambda: sympy.Integer(0))
+        for node in rehearsal.needed():
+            value = sympy.sympify(count(node, _size))
+            parts[frozenset(value.free_symbols)] += value
+        return cls(symbols, {key: sympy.expand(value) for key, value in parts.items()})
+
+    @cached_property
+    def fixed(self) -> float:
+        """What does not hang on any count."""
+        return float(self.parts.get(frozenset(), 0))
+
+    def total(self, counts: Sequence[int]) -> float:
+        """The cost at these counts, one for each site."""
+        values = dict(zip(self.symbols, counts, strict=True))
+        return self.fixed + sum(float(self._functions[key](*[values[s] for s in order])) for key, order in self._order)
+
+    def segment(self, site: int, counts: Counts) -> Counts:
+        """The cost behind one site, for an array of counts there.
+
+        What hangs on several counts (which is rare) is put down to the last of the sites, as if all had its count.
+        """
+        value = numpy.zeros(len(counts))
+        for key, order in self._order:
+            if max(self.symbols.index(symbol) for symbol in key) == site:
+                value = value + self._functions[key](*[counts for _ in order])
+        return value
+
+    @cached_property
+    def _order(self) -> list[tuple[frozenset[sympy.Symbol], list[sympy.Symbol]]]:
+        return [(key, sorted(key, key=str)) for key in self.parts if key]
+
+    @cached_property
+    def _functions(self) -> dict[frozenset[sympy.Symbol], Callable[..., Any]]:
+        return {key: sympy.lambdify(order, self.parts[key], "numpy") for key, order in self._order}
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Seconds (or operations) of one graph: a weighted sum of operations, bytes, reductions and a constant."""
+
+    flops: Expression
+    bytes: Expression
+    per_flop: float = 1.0
+    per_byte: float = 0.0
+    per_reduction: float = 0.0
+    constant: float = 0.0
+
+    @classmethod
+    def of(cls, rehearsal: Rehearsal) -> CostModel:
+        """The model that counts operations only."""
+        return cls(Expression.of(rehearsal, node_flops), Expression.of(rehearsal, node_bytes))
+
+    @property
+    def fixed(self) -> float:
+        """What no plan changes."""
+        return self.constant + self.per_flop * self.flops.fixed + self.per_byte * self.bytes.fixed
+
+    def total(self, counts: Sequence[int], reductions: int) -> float:
+        """The cost of a plan."""
+        flops, moved = self.flops.total(counts), self.bytes.total(counts)
+        return self.constant + self.per_flop * flops + self.per_byte * moved + self.per_reduction * reductions
+
+    def segment(self, site: int, counts: Counts) -> Counts:
+        """The cost behind one site, for an array of counts there."""
+        return self.per_flop * self.flops.segment(site, counts) + self.per_byte * self.bytes.segment(site, counts)
+
+
+def fit_weights(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
+    """Weights >= 0 with ``rows @ weights`` as near to the seconds as can be, each measurement counted relatively.
+
+    Non-negative least squares by leaving out, one after another, the column whose weight is the most negative.
+    """
+    table = numpy.asarray(rows, dtype=float) / numpy.asarray(seconds, dtype=float)[:, None]
+    scale = numpy.abs(table).max(axis=0)
+    scale[scale == 0] = 1.0
+    columns = list(range(table.shape[1]))
+    while columns:
+        found, *_ = numpy.linalg.lstsq(table[:, columns] / scale[columns], numpy.ones(len(table)), rcond=None)
+        if found.min() >= 0:
+            break
+        columns.pop(int(found.argmin()))
+    weights = numpy.zeros(table.shape[1])
+    if columns:
+        weights[columns] = found / scale[columns]
+    return [float(weight) for weight in weights]
+
+
+def features(model: CostModel, rehearsal: Rehearsal, choices: Choices) -> list[float]:
+    """The columns of ``fit_weights`` for one plan: operations, bytes, reductions, one."""
+    counts = rehearsal.counts(choices)
+    reductions = sum(choice.r > 0 for choice in choices.values())
+    return [model.flops.total(counts), model.bytes.total(counts), float(reductions), 1.0]
+
+
+def _size(size: Any) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else int(size)

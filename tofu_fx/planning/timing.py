@@ -1,0 +1,84 @@
+"""Measuring speed: several ways to run the same call, in turns in one process, and their ratios to the first."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tofu_fx.planning.batches import Batch
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Seconds of a call (median over the rounds), and how many times faster than the first way (median of ratios)."""
+
+    seconds: float
+    speedup: float
+
+
+def time_calls(
+    calls: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int = 7, warmup: int = 2
+) -> dict[str, Timed]:
+    """Time several calls in turns, so that a machine whose speed drifts drifts for all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + warmup):
+        for name, call in calls.items():
+            _synchronise(device)
+            start = time.perf_counter()
+            call()
+            _synchronise(device)
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    first = seconds[next(iter(calls))]
+    return {
+        name: Timed(statistics.median(taken), statistics.median(a / b for a, b in zip(first, taken, strict=True)))
+        for name, taken in seconds.items()
+    }
+
+
+def compile_call(model: Any, batch: Batch, options: Mapping[str, Any] | None, inner_backend: str) -> Callable[[], Any]:
+    """The call of a batch, compiled (and run once): through tofu with some options, or plain where there are none."""
+    if options is None:
+        compiled = torch.compile(model, backend=inner_backend, dynamic=False)
+    else:
+        chosen = {**options, "inner_backend": inner_backend, "on_error": "raise"}
+        compiled = torch.compile(model, backend="tofu", dynamic=False, options=chosen)
+
+    def call() -> Any:
+        with torch.no_grad():
+            return compiled(*batch.args, **batch.kwargs)
+
+    call()
+    return call
+
+
+def device_of(model: Any, batches: Sequence[Batch] = ()) -> torch.device:
+    """Where a model computes: the device of its first parameter, else of its first input."""
+    tensors = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
+    inputs = (tensor for batch in batches for tensor in batch.tensors)
+    return next((tensor.device for tensor in (*tensors, *inputs)), torch.device("cpu"))
+
+
+def device_name(device: torch.device) -> str:
+    """A device in words: the GPU's name, or the CPU's with its number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"{_processor()}, {torch.get_num_threads()} threads"
+    return str(device)
+
+
+def _processor() -> str:
+    from torch.backends import cpu
+
+    return f"CPU ({cpu.get_cpu_capability()})"
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()

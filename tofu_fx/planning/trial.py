@@ -1,0 +1,217 @@
+"""A model as calibration sees it: called with a batch, plain or under the choices of a plan.
+
+Dynamo traces the model once for each shape of its inputs; each of its graphs becomes a `Rehearsal`. The model itself is
+called through Dynamo, so a model of several graphs, or with Python between its layers, works as it does compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule
+
+from tofu_fx.errors import CalibrationError, PassError, Unsupported
+from tofu_fx.options import Options
+from tofu_fx.planning.batches import Batch
+from tofu_fx.planning.rehearsal import Choices, Rehearsal, Snapshot
+from tofu_fx.planning.site import Rehearsed, Site
+
+
+@dataclass
+class Recorded:
+    """One call of one graph in an untouched run: what it was called with, what came out, and the values inside."""
+
+    rehearsal: Rehearsal | None
+    inputs: Sequence[Any]
+    outputs: Any
+    snapshots: Sequence[Snapshot]
+
+
+@dataclass
+class Trial(AbstractContextManager["Trial"]):
+    """A model under calibration. As a context manager it is in eval mode, without gradients, and put back after."""
+
+    model: Any
+    options: Options
+    sites: list[Site] = field(default_factory=list)
+    #: for each site the number of its graph
+    graph_of: dict[str, int] = field(default_factory=dict)
+    rehearsals: list[Rehearsal] = field(default_factory=list)
+    declined: list[str] = field(default_factory=list)
+    #: the last graph of the model, as traced
+    last_graph: Graph | None = None
+    _record: list[Recorded] = field(default_factory=list)
+    _recorded: Batch | None = None
+    _recording: bool = False
+    _choices: Choices | None = None
+    _calls: int = 0
+
+    def __enter__(self) -> Trial:
+        """Take the model in hand."""
+        modules = list(self.model.modules()) if isinstance(self.model, torch.nn.Module) else []
+        self._modes = [(module, module.training) for module in modules]
+        for module in modules:
+            module.training = False
+        self._grad = torch.is_grad_enabled()
+        torch.set_grad_enabled(False)
+        torch._dynamo.reset()
+        self._call: Callable[..., Any] = torch.compile(self.model, backend=self._backend, dynamic=False)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the model as it was found."""
+        for module, training in self._modes:
+            module.training = training
+        torch.set_grad_enabled(self._grad)
+        self.forget()
+        torch._dynamo.reset()
+
+    def streams(self) -> list[list[Site]]:
+        """The sites of each stream in order."""
+        streams: dict[tuple[int, int], list[Site]] = {}
+        for site in self.sites:
+            streams.setdefault(self.stream_of[site.id], []).append(site)
+        return list(streams.values())
+
+    def require_sites(self) -> None:
+        """Raise CalibrationError, with the reasons, where the model (called once) has no site."""
+        if not self.sites:
+            reasons = "; ".join(self.declined[:3]) or "its graphs have no attention"
+            raise CalibrationError(f"the model has no site at which tokens can be reduced: {reasons}")
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """For compiling the model in other ways: what Dynamo compiled of it meanwhile is forgotten, this trial's is
+        traced again when it is needed.
+        """
+        torch._dynamo.reset()
+        try:
+            yield
+        finally:
+            torch._dynamo.reset()
+
+    def plain(self, batch: Batch) -> Any:
+        """The outputs of the untouched model."""
+        self._choices = None
+        return self._run(batch)
+
+    def record(self, batch: Batch) -> Any:
+        """The outputs of a run that reduces nothing; later calls of ``reduced`` with this batch start from it."""
+        self.forget()
+        self._choices, self._recording = {}, True
+        try:
+            outputs = self._run(batch)
+        finally:
+            self._recording = False
+        self._recorded = batch
+        return outputs
+
+    def reduced(self, batch: Batch, choices: Choices) -> Any:
+        """The outputs under some choices."""
+        if batch is not self._recorded:
+            self.forget()
+        self._choices = choices
+        return self._run(batch)
+
+    def forget(self) -> None:
+        """Let go of what was recorded."""
+        self._record, self._recorded = [], None
+
+    def recorded(self, site: Rehearsed) -> tuple[Rehearsal, Sequence[Any], Snapshot] | None:
+        """Graph, inputs and values ahead of a site in the recorded run; None where it cannot be started from."""
+        for call in self._record:
+            for number, entry in enumerate(call.rehearsal.sites if call.rehearsal else ()):
+                if entry.site.id == site.site.id and call.snapshots:
+                    assert call.rehearsal is not None
+                    return call.rehearsal, call.inputs, call.snapshots[number]
+        return None
+
+    def rehearsed(self) -> list[Rehearsed]:
+        """Every site, in the order of ``sites``."""
+        return [entry for rehearsal in self.rehearsals for entry in rehearsal.sites]
+
+    @property
+    def stream_of(self) -> dict[str, tuple[int, int]]:
+        """For each site its stream: the graph's number, and the stream's in the graph."""
+        return {site.id: (self.graph_of[site.id], site.stream) for site in self.sites}
+
+    def _run(self, batch: Batch) -> Any:
+        self._calls = 0
+        try:
+            return self._call(*batch.args, **batch.kwargs)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            raise (error.inner_exception or error) from None
+
+    def _backend(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        self.last_graph = gm.graph
+        try:
+            rehearsal = Rehearsal.of(gm, inputs, self.options)
+        except Unsupported as reason:
+            self.declined.append(str(reason))
+            return gm.forward
+        except PassError as error:
+            raise CalibrationError(f"the model cannot be calibrated, because a pass failed on it: {error}") from error
+        compilation = rehearsal.compilation
+        self.last_graph = compilation.before.graph if compilation.before is not None else gm.graph
+        self._decline(compilation.sites)
+        self._note(rehearsal)
+        return lambda *args: self._graph(gm, rehearsal, args)
+
+    def _note(self, rehearsal: Rehearsal) -> None:
+        sites = [entry.site for entry in rehearsal.sites]
+        known = {site.id: site for site in self.sites}
+        new = [site for site in sites if site.id not in known]
+        for site in sites:
+            old = known.get(site.id)
+            if old is not None and old.tokens != site.tokens:
+                raise CalibrationError(
+                    f"the inputs change their shape: {site.id} has {old.tokens} tokens in one batch and {site.tokens} "
+                    "in another; calibrate with inputs of one size"
+                )
+        if new:
+            number = len(self.rehearsals)
+            self.graph_of.update((site.id, number) for site in sites)
+            self.sites.extend(sites)
+            self.rehearsals.append(rehearsal)
+
+    def _decline(self, sites: Sequence[Site]) -> None:
+        reasons = [f"{site.id}: {site.decline}" for site in sites if not site.matched]
+        self.declined.extend(reason for reason in reasons if reason not in self.declined)
+
+    def _graph(self, gm: GraphModule, rehearsal: Rehearsal, args: Sequence[Any]) -> Any:
+        number, self._calls = self._calls, self._calls + 1
+        if self._choices is None or not rehearsal.sites:
+            outputs = gm.forward(*args)
+            if self._recording:
+                self._record.append(Recorded(None, args, outputs, ()))
+            return outputs
+        if self._recording:
+            resumable = rehearsal.resumable
+            outputs, snapshots = rehearsal.snapshots(args) if resumable else (rehearsal.run(args, {})[0], ())
+            self._record.append(Recorded(rehearsal, args, outputs, snapshots))
+            return outputs
+        if number >= len(self._record):
+            return rehearsal.run(args, self._choices)[0]
+        first = next((i for i, call in enumerate(self._record) if self._touched(call) is not None), len(self._record))
+        call = self._record[number]
+        if number < first:
+            return call.outputs
+        place = self._touched(call)
+        start = call.snapshots[place] if number == first and place is not None and call.snapshots else None
+        return rehearsal.run(args, self._choices, start)[0]
+
+    def _touched(self, call: Recorded) -> int | None:
+        """The first site of a recorded call at which the choices do something."""
+        assert self._choices is not None
+        for number, entry in enumerate(call.rehearsal.sites if call.rehearsal else ()):
+            choice = self._choices.get(entry.site.id)
+            if choice is not None and choice.r:
+                return number
+        return None

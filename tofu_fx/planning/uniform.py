@@ -1,0 +1,98 @@
+"""The schedules that need no calibration, at any cost: the same number of tokens at each site (the paper's)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from tofu_fx.options import Options
+from tofu_fx.planning.batches import read_batches
+from tofu_fx.planning.cost import CostModel
+from tofu_fx.planning.plan import Plan, PlanRow
+from tofu_fx.planning.rehearsal import Choice, Choices
+from tofu_fx.planning.sensitivity import FIRST, Kind
+from tofu_fx.planning.timing import device_of
+from tofu_fx.planning.trial import Trial
+
+#: name -> the kind of reduction for a site's depth among so many layers
+UNIFORM: Mapping[str, Callable[[int, int], Kind]] = {
+    # The paper's rule without calibration: prune in the first half of the layers, MLERP after.
+    "depth rule": lambda depth, layers: ("prune", "keys") if depth < layers / 2 else FIRST,
+    "uniform mlerp": lambda depth, layers: ("mlerp", "keys"),
+    "uniform mean": lambda depth, layers: ("mean", "keys"),
+    "uniform prune": lambda depth, layers: ("prune", "keys"),
+}
+
+
+def uniform_plans(model: Any, inputs: Any, flops: Sequence[float]) -> dict[tuple[str, float], Plan]:
+    """Plans of equal r at every site, for each schedule of ``UNIFORM`` and each share of the plain model's operations.
+
+    Args:
+        model: as for ``tofu_fx.calibrate``.
+        inputs: as for ``tofu_fx.calibrate``; the model is called once with the first batch.
+        flops: shares; those that no schedule can reach are left out.
+
+    Raises:
+        CalibrationError: inputs or a model that cannot be used.
+    """
+    device = device_of(model) if isinstance(model, torch.nn.Module) else None
+    batch = read_batches(inputs, 16, device)[0]
+    found = {}
+    with Trial(model, Options()) as trial:
+        trial.plain(batch)
+        trial.require_sites()
+        models = [CostModel.of(rehearsal) for rehearsal in trial.rehearsals]
+
+        def share(choices: Choices) -> float:
+            pairs = list(zip(trial.rehearsals, models, strict=True))
+            now = sum(cost.flops.total(rehearsal.counts(choices)) for rehearsal, cost in pairs)
+            return now / sum(cost.flops.total(rehearsal.counts({})) for rehearsal, cost in pairs)
+
+        for budget in flops:
+            for name, kind_of in UNIFORM.items():
+                choices = uniform(trial, share, budget, kind_of)
+                if choices is not None:
+                    found[name, budget] = Plan(sites=rows_of(trial, choices))
+    return found
+
+
+def uniform(
+    trial: Trial, cost: Callable[[Choices], float], budget: float, kind_of: Callable[[int, int], Kind]
+) -> dict[str, Choice] | None:
+    """The same number of tokens at each site, the fewest with which the cost is within the budget; None: out of reach.
+
+    The number need not be whole: then the sites differ by one token.
+    """
+    low, high = 0.0, float(max(site.tokens for site in trial.sites))
+    if cost(_even(trial, high, kind_of)) > budget:
+        return None
+    while high - low > 0.01:
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(_even(trial, middle, kind_of)) > budget else (low, middle)
+    return _even(trial, high, kind_of)
+
+
+def rows_of(trial: Trial, choices: Choices) -> list[PlanRow]:
+    """The rows of a plan that does what the choices say."""
+    rows = []
+    for site in trial.sites:
+        choice = choices.get(site.id, Choice(*FIRST, 0))
+        update: dict[str, Any] = {"strategy": choice.strategy, "match": choice.match, "r": choice.r}
+        rows.append(PlanRow.of(site, trial.graph_of[site.id]).model_copy(update=update))
+    return rows
+
+
+def _even(trial: Trial, each: float, kind_of: Callable[[int, int], Kind]) -> dict[str, Choice]:
+    choices = {}
+    for members in trial.streams():
+        count = members[0].tokens
+        for depth, site in enumerate(members):
+            wanted = math.floor((depth + 1) * each + 1e-9) - math.floor(depth * each + 1e-9)
+            r = min(wanted, site.cap(count))
+            if r:
+                choices[site.id] = Choice(*kind_of(depth, len(members)), r)
+            count -= r
+    return choices
