@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tofu_fx.demo.extra import need
+from tofu_fx.report.figure import new_figure
 
 INK, PAPER, WRONG, OUTLINE, GREY = "#16324f", "#fdfaf3", "#c0392b", "#e8703a", "#555555"
 # Inches.
@@ -85,13 +86,10 @@ def draw_token_maps(
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    # The object interface with the Agg canvas: no display is needed and the caller's pyplot state is left alone.
-    figure_module, agg = need("matplotlib.figure"), need("matplotlib.backends.backend_agg")
     cell_width = CELL_HEIGHT * images.shape[-1] / images.shape[-2]
     width = 2 * MARGIN + (len(maps) + 1) * (cell_width + GAP) - GAP
     height = TOP + len(images) * (CELL_HEIGHT + GAP) + BOTTOM
-    figure = figure_module.Figure(figsize=(width, height), facecolor="white")
-    agg.FigureCanvasAgg(figure)
+    figure = new_figure(width, height)
 
     def write(x: float, from_top: float, text: str, **style: Any) -> None:
         figure.text(x / width, 1 - from_top / height, text, **{"color": GREY, "fontsize": 9, **style})

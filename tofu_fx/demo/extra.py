@@ -1,4 +1,4 @@
-"""Importing what only the demo needs, with an answer for those who installed tofu-fx without it."""
+"""Importing what only the demo, pictures and commands need, with an answer for those who installed tofu-fx without it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ class MissingExtraError(TofuError):
     """A package of the `demo` extra is not installed; the message names it and the command that installs it."""
 
 
-def need(module: str, package: str | None = None) -> ModuleType:
+def need(module: str, package: str | None = None, user: str = "the demo") -> ModuleType:
     """Import `module`, or raise MissingExtraError.
 
     Args:
         module: the dotted import name, such as "sklearn.datasets".
         package: the name it is installed by, where that differs from the first part of `module`.
+        user: what needs it, as the message begins.
     """
     try:
         return importlib.import_module(module)
@@ -28,4 +29,4 @@ def need(module: str, package: str | None = None) -> ModuleType:
         # A module missing inside an installed package is that package's fault, and its own message says more.
         if (error.name or top).partition(".")[0] != top:
             raise
-        raise MissingExtraError(f"the demo needs {package or top}, which is not installed: {INSTALL_HINT}") from error
+        raise MissingExtraError(f"{user} needs {package or top}, which is not installed: {INSTALL_HINT}") from error

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from tofu_fx.demo.draw import TokenMap, draw_token_maps
 from tofu_fx.demo.extra import need
 from tofu_fx.demo.measure import PLAIN, Variant, batches, compile_variant, count_work, make_variants, run_batch
 from tofu_fx.demo.model import load_model, patch_grid, read_facts
+from tofu_fx.report.variants import room_for_variants
 
 STRATEGIES = ("prune", "mean", "mlerp", "auto")
 RATIOS = (0.3, 0.5)
@@ -79,7 +79,7 @@ def run_demo(settings: Settings, console: Console, progress_console: Console) ->
     batch_size = min(settings.batch, len(test.labels), QUICK_BATCH if settings.quick else settings.batch)
     _introduce(console, model, test, batch_size)
     inner_backend = "aot_eager" if settings.quick else "inductor"
-    with _room_for_variants(), _progress(progress_console) as progress:
+    with room_for_variants(), _progress(progress_console) as progress:
         variants = make_variants(model, settings.strategies, settings.ratios, inner_backend)
         _work(model, variants, test, batch_size, progress)
         task = progress.add_task("drawing which tokens were merged", total=1)
@@ -105,13 +105,6 @@ def _busy() -> str:
     return (
         f"Other programs were running (load {load:.1f} on {processors} processors): the speeds are not to be trusted."
     )
-
-
-@contextmanager
-def _room_for_variants() -> Iterator[None]:
-    # Dynamo counts compilations by code object, not by model: after eight variants of one forward it would stop.
-    with torch._dynamo.config.patch(recompile_limit=256):  # type: ignore[no-untyped-call, unused-ignore]
-        yield
 
 
 def _progress(console: Console) -> Progress:

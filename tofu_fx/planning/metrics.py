@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,15 @@ class OutputError:
     def __call__(self, outputs: Any, plain: Any) -> Tensor:
         """One error for each sample, float64 on CPU."""
         return self.measure(outputs, plain).detach().double().cpu().reshape(-1)
+
+    def loss(self, errors: Sequence[float]) -> float:
+        """The mean of some samples' errors, in the power that adds up; infinite where it is not a number."""
+        mean = sum(errors) / len(errors)
+        return float(max(mean, 0.0) ** self.power) if math.isfinite(mean) else math.inf
+
+    def error(self, loss: float) -> float:
+        """A loss as an error."""
+        return float(loss ** (1 / self.power))
 
 
 def relative_l2(outputs: Any, plain: Any) -> Tensor:

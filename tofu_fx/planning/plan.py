@@ -24,7 +24,7 @@ from tofu_fx.planning.site import Site
 if TYPE_CHECKING:
     from rich.table import Table
 
-VERSION = 2
+VERSION: Literal[2] = 2
 
 
 class _Record(BaseModel):
@@ -42,10 +42,10 @@ class PlanRow(_Record):
     """What happens at one site.
 
     ``graph`` (which of the model's Dynamo graphs), ``id``, ``tokens``, ``heads`` and ``dim`` identify the site;
-    ``strategy``, ``match`` (what tokens are compared by) and ``r`` are the decision. The rest is what calibration measured there, None or empty in
-    other plans: the ``linearity`` of the branch behind the site between samples (arXiv 2312.01026) and between the
-    tokens that would be merged (``pair_linearity``), the ``error`` at the model's output that is put down to this site,
-    and the ``reason`` for the decision in words.
+    ``strategy``, ``match`` (what tokens are compared by) and ``r`` are the decision. The rest is what calibration
+    measured there, None or empty in other plans: the ``linearity`` of the branch behind the site between samples
+    (arXiv 2312.01026) and between the tokens that would be merged (``pair_linearity``), the ``error`` at the model's
+    output that is put down to this site, and the ``reason`` for the decision in words.
     """
 
     graph: int = Field(default=0, ge=0)

@@ -1,4 +1,4 @@
-"""The search: for each site how many tokens go, with the least predicted error at a cost, or the least cost at an error.
+"""The search: for each site how many tokens go, with the least predicted error at a cost or the least cost at an error.
 
 Errors of several sites add up, each a function of the share of the arriving tokens that goes there; costs are functions
 of the tokens behind each site. So the best plans are shortest paths through (site, tokens), with two lengths: dynamic

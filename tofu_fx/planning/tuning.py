@@ -6,20 +6,18 @@ Works in the power of the error in which the sites' errors add up (`OutputError.
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy
 
-from tofu_fx.planning.batches import Batch
 from tofu_fx.planning.cost import CostModel
-from tofu_fx.planning.metrics import OutputError
 from tofu_fx.planning.planner import Front, Stage, combine, search
 from tofu_fx.planning.rehearsal import Choice, Choices
 from tofu_fx.planning.sensitivity import Kind, Predictor
 from tofu_fx.planning.site import Site
+from tofu_fx.planning.survey import Survey
 from tofu_fx.planning.trial import Trial
 
 #: plans that are within this share of the least predicted loss are equal: the one with fewer token counts is taken
@@ -38,18 +36,17 @@ class Candidate:
 class Tuner:
     """The search for a plan on one model: what is known of it, and the plans measured so far."""
 
-    trial: Trial
-    batches: Sequence[Batch]
-    plain: Sequence[Any]
-    metric: OutputError
+    survey: Survey
     costs: Sequence[CostModel]
     predictor: Predictor
     kinds: dict[str, Kind]
     multiple: int
-    random: random.Random
-    advance: Callable[[float], None]
     measured: dict[tuple[Any, ...], Candidate] = field(default_factory=dict)
-    passes: float = 0.0
+
+    @property
+    def trial(self) -> Trial:
+        """The model."""
+        return self.survey.trial
 
     # ---- measuring -------------------------------------------------------------------------------------------------
 
@@ -57,29 +54,18 @@ class Tuner:
         """Run all inputs under some choices (once for each choices)."""
         key = self.key(choices)
         if key not in self.measured:
-            loss = self.loss(choices, range(len(self.batches)))
-            self.measured[key] = Candidate(dict(choices), loss)
+            self.measured[key] = Candidate(dict(choices), self.loss(choices, range(len(self.survey.batches))))
         return self.measured[key]
 
     def loss(self, choices: Choices, numbers: Sequence[int]) -> float:
         """The loss over some of the batches; infinite where an output is not a number."""
-        errors = []
+        survey, errors = self.survey, list[float]()
         for number in numbers:
-            outputs = self.trial.reduced(self.batches[number], choices)
-            errors.extend(self.metric(outputs, self.plain[number]).tolist())
-        self.passes += sum(self.batches[n].samples for n in numbers) / self.samples
-        self.advance(1)
-        mean = sum(errors) / len(errors)
-        return float(max(mean, 0.0) ** self.metric.power) if math.isfinite(mean) else math.inf
-
-    def error(self, loss: float) -> float:
-        """A loss as an error of the metric."""
-        return float(loss ** (1 / self.metric.power))
-
-    @property
-    def samples(self) -> int:
-        """All calibration samples."""
-        return sum(batch.samples for batch in self.batches)
+            outputs = self.trial.reduced(survey.batches[number], choices)
+            errors.extend(survey.metric(outputs, survey.plain[number]).tolist())
+        survey.passes += survey.samples_of(numbers) / survey.samples
+        survey.bar.advance(1)
+        return survey.metric.loss(errors)
 
     def key(self, choices: Choices) -> tuple[Any, ...]:
         """Equal for choices that do the same."""
@@ -178,7 +164,7 @@ class Tuner:
                     break
                 choices = self._pushed(0.1 * (push + 1)).within_cost(budget)
             if choices is None or self.key(choices) in self.measured:
-                self.advance(1)
+                self.survey.bar.advance(1)
                 continue
             self.measure(choices)
             self.refit()
@@ -189,7 +175,7 @@ class Tuner:
         return min(fitting, key=lambda candidate: candidate.loss, default=None)
 
     def _pushed(self, by: float) -> Tuner:
-        weights = {name: w * math.exp(self.random.gauss(0, by)) for name, w in self.predictor.weights.items()}
+        weights = {name: w * math.exp(self.survey.random.gauss(0, by)) for name, w in self.predictor.weights.items()}
         return replace(self, predictor=replace(self.predictor, weights=weights))
 
 

@@ -13,9 +13,9 @@ from torch.fx import GraphModule
 
 from tofu_fx.backend import Outcome, rewrite, run_once
 from tofu_fx.options import Options
+from tofu_fx.planning.flops import count_flops
 from tofu_fx.planning.plan import Plan, PlanRow
 from tofu_fx.planning.site import Site
-from tofu_fx.planning.flops import count_flops
 
 
 @dataclass

@@ -1,0 +1,297 @@
+"""From a survey and a target to a plan that was measured: which kinds of reduction, how many tokens where."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from tofu_fx.errors import CalibrationError
+from tofu_fx.planning.cost import CostModel
+from tofu_fx.planning.plan import Figures
+from tofu_fx.planning.rehearsal import Choice, Choices
+from tofu_fx.planning.schedule import DEFAULT_RATIO, spread
+from tofu_fx.planning.sensitivity import FIRST, Curve, Kind, Predictor, Sensitivity, kinds
+from tofu_fx.planning.survey import Survey
+from tofu_fx.planning.timing import device_of
+from tofu_fx.planning.tuning import Tuner, with_kinds
+from tofu_fx.planning.uniform import UNIFORM, uniform
+
+Policy = Literal["auto", "sensitivity", "linearity"]
+
+#: rounds of search, measurement and correction
+ROUNDS = 8
+#: shares of the sites that prune, by rising linearity, among which the threshold is chosen
+PRUNED_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+#: a measured speed-up that is so near to the target has met it: medians of single runs differ by as much
+NEAR = 0.98
+#: times that a speed-up is planned for before it is given up
+ATTEMPTS = 3
+#: whole passes over the inputs at most, for one attempt
+PASSES = len(PRUNED_SHARES) + 4 + 1 + len(UNIFORM) + ROUNDS
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the plan is made for."""
+
+    kind: Literal["speedup", "flops", "error", "none"]
+    value: float = math.nan
+
+    @classmethod
+    def read(cls, **given: float | None) -> Target:
+        """The one target that was given.
+
+        Raises:
+            CalibrationError: two targets, or one that nothing can meet.
+        """
+        named = {name: value for name, value in given.items() if value is not None}
+        if len(named) > 1:
+            raise CalibrationError(f"give one target, not {' and '.join(named)}: each decides how many tokens go")
+        if not named:
+            return cls("none")
+        ((name, value),) = named.items()
+        low, high = {"speedup": (1.0, math.inf), "flops": (0.0, 1.0), "error": (0.0, math.inf)}[name]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value < high:
+            expected = f"a number above {low:g}" + (f" and below {high:g}" if high < math.inf else "")
+            raise CalibrationError(f"{name}: expected {expected}, got {value!r}")
+        return cls(name, float(value))  # type: ignore[arg-type]
+
+
+@dataclass
+class Decision:
+    """The plan that was chosen, with what was predicted of it and measured."""
+
+    choices: Choices
+    predicted: Figures
+    measured: Figures
+
+
+@dataclass
+class Decider:
+    """Plans for one survey. ``speed_of`` compiles and times choices against the plain model."""
+
+    survey: Survey
+    target: Target
+    policy: Policy
+    costs: list[CostModel]
+    in_seconds: bool
+    speed_of: Callable[[Choices], float]
+    notes: list[str] = field(default_factory=list)
+    compared: dict[str, Figures] = field(default_factory=dict)
+    threshold: float | None = None
+    chosen_by: Literal["sensitivity", "linearity"] = "sensitivity"
+
+    def __post_init__(self) -> None:
+        best = {name: self._best_kind(found) for name, found in self.survey.sensitivity.items()}
+        trial = self.survey.trial
+        weights = dict.fromkeys((site.id for site in trial.sites), 1.0)
+        predictor = Predictor(trial.sites, trial.stream_of, self._curves(best), weights)
+        self.tuner = Tuner(self.survey, self.costs, predictor, best, self._multiple())
+
+    def decide(self) -> Decision:
+        """The plan for the target.
+
+        Raises:
+            CalibrationError: the target cannot be met; says what can.
+        """
+        if self.target.kind == "error":
+            return self._meet_error()
+        if self.target.kind == "speedup":
+            return self._meet_speedup()
+        budget = self._default_budget() if self.target.kind == "none" else self.target.value * self.tuner.cost({})
+        choices = self._search(budget)
+        if choices is None:
+            raise CalibrationError(
+                f"flops={self.target.value:g} cannot be reached: the least that this model can do is "
+                f"{self._least_flops():.3f}"
+            )
+        return self._decision(choices)
+
+    def _decision(self, choices: Choices) -> Decision:
+        tuner, metric = self.tuner, self.survey.metric
+        flops = round(tuner.flops(choices), 4)
+        predicted = Figures(
+            error=metric.error(sum(tuner.predictor.contributions(choices))),
+            flops=flops,
+            speedup=round(tuner.cost({}) / tuner.cost(choices), 3) if self.in_seconds else None,
+        )
+        measured = Figures(
+            error=metric.error(tuner.measure(choices).loss), flops=flops, speedup=round(self.speed_of(choices), 3)
+        )
+        return Decision(choices, predicted, measured)
+
+    # ---- targets -----------------------------------------------------------------------------------------------------
+
+    def _default_budget(self) -> float:
+        """The cost of the schedule without calibration: the default ratio, spread evenly."""
+        return self.tuner.cost(
+            {
+                site.id: Choice(*FIRST, r)
+                for members in self.survey.trial.streams()
+                for site, r in zip(members, spread(members[0].tokens, DEFAULT_RATIO, len(members)), strict=True)
+            }
+        )
+
+    def _meet_speedup(self) -> Decision:
+        tuner, wanted = self.tuner, self.target.value
+        plain = tuner.cost({})
+        budget, fastest = plain / wanted, 0.0
+        if budget < tuner.cheapest():
+            self.notes.append("by the cost model no plan is that fast; the fastest was measured")
+            budget = tuner.cheapest() * (1 + 1e-6)
+        for attempt in range(ATTEMPTS):
+            choices = self._search(budget)
+            if choices is None:
+                break
+            decision = self._decision(choices)
+            assert decision.measured.speedup is not None
+            if decision.measured.speedup >= NEAR * wanted:
+                return decision
+            fastest = max(fastest, decision.measured.speedup)
+            self.notes.append(
+                f"attempt {attempt + 1} was measured at {decision.measured.speedup:.2f}x, not {wanted:g}x: planned "
+                "again with less time"
+            )
+            self.survey.bar.say(self.notes[-1])
+            budget = max(budget * 0.99 * decision.measured.speedup / wanted, tuner.cheapest() * (1 + 1e-6))
+        raise CalibrationError(
+            f"speedup={wanted:g} cannot be reached: the best that was measured is {fastest:.2f}x, at "
+            f"{self._least_flops():.2f} of the operations at least"
+        )
+
+    def _meet_error(self) -> Decision:
+        """The cheapest measured plan within the error."""
+        tuner, metric = self.tuner, self.survey.metric
+        limit = self.target.value**metric.power
+        self.survey.bar.phase("plans", PASSES)
+        wanted = tuner.within_loss(limit)
+        if wanted:
+            self._choose_kinds(wanted)
+        # Between a plan that is too coarse and one that is fine, the corrected prediction or else the middle is next.
+        coarse, fine = tuner.cheapest(), tuner.cost({})
+        for _ in range(ROUNDS):
+            choices = tuner.within_loss(limit)
+            if not choices or not coarse < tuner.cost(choices) < fine:
+                choices = tuner.within_cost((coarse + fine) / 2)
+            if not choices or tuner.key(choices) in tuner.measured:
+                break
+            if tuner.measure(choices).loss > limit:
+                coarse = max(coarse, tuner.cost(choices))
+            else:
+                fine = min(fine, tuner.cost(choices))
+            tuner.refit()
+        fitting = [found for found in tuner.measured.values() if found.choices and found.loss <= limit]
+        if not fitting:
+            tried = [loss for found in self.survey.sensitivity.values() for loss in found.measured.values()]
+            tried += [found.loss for found in tuner.measured.values()]
+            raise CalibrationError(
+                f"error={self.target.value:g} ({metric.name}) cannot be met: the least error of all reductions that "
+                f"were tried is {metric.error(min(tried)):.3g}"
+            )
+        return self._decision(min(fitting, key=lambda found: tuner.cost(found.choices)).choices)
+
+    def _least_flops(self) -> float:
+        front = self.tuner.front()
+        return self.tuner.flops(self.tuner.choices(front.removed[int(front.cost.argmin())]))
+
+    # ---- the search --------------------------------------------------------------------------------------------------
+
+    def _search(self, budget: float) -> Choices | None:
+        """The best plan found within a cost; None where there is none. Others are measured beside it."""
+        tuner, metric = self.tuner, self.survey.metric
+        self.survey.bar.phase("plans", PASSES)
+        first = tuner.within_cost(budget)
+        if first is None:
+            return None
+        if self.threshold is None:
+            self._choose_kinds(first)
+        tuner.measure(with_kinds(first, tuner.kinds))
+        schedules = {name: uniform(tuner.trial, tuner.cost, budget, kind_of) for name, kind_of in UNIFORM.items()}
+        compared = {name: tuner.measure(choices) for name, choices in schedules.items() if choices is not None}
+        self.compared = {
+            name: Figures(error=metric.error(found.loss), flops=round(tuner.flops(found.choices), 4))
+            for name, found in compared.items()
+        }
+        tuner.refit()
+        tuner.refine(budget, ROUNDS)
+        best = tuner.best(budget)
+        return best.choices if best is not None else None
+
+    def _multiple(self) -> int:
+        """Token counts that this device's kernels like; any where there are few tokens."""
+        survey = self.survey
+        most = max(site.tokens for site in survey.trial.sites)
+        wanted = 8 if device_of(survey.trial.model, survey.batches).type == "cuda" else 4
+        return wanted if most >= 16 * wanted else 1
+
+    # ---- prune or merge --------------------------------------------------------------------------------------------
+
+    def _choose_kinds(self, plan: Choices) -> None:
+        """Give each site its kind: by sensitivity, one everywhere, or by linearity with the best threshold."""
+        survey, tuner = self.survey, self.tuner
+        entries = survey.trial.rehearsed()
+        ways = [tuner.kinds]
+        ways += [dict.fromkeys(survey.sensitivity, kind) for kind in kinds(entries[0])[:-1]]
+        ways = [way for way in ways if all(way[entry.site.id] in kinds(entry) for entry in entries)]
+        by_linearity = [self._by_linearity(share) for share in PRUNED_SHARES]
+        losses = [tuner.loss(with_kinds(plan, way), survey.few) for way in ways]
+        linear = [tuner.loss(with_kinds(plan, way), survey.few) for way, _ in by_linearity]
+        place, linear_place = losses.index(min(losses)), linear.index(min(linear))
+        self.threshold = by_linearity[linear_place][1]
+        better = linear[linear_place] < losses[place]
+        self.notes.append(
+            f"prune or merge by linearity (threshold {self.threshold:.3f}): error "
+            f"{survey.metric.error(linear[linear_place]):.4g}, by measured sensitivity "
+            f"{survey.metric.error(losses[place]):.4g}, of the same numbers of tokens on "
+            f"{survey.samples_of(survey.few)} samples"
+        )
+        linearity = self.policy == "linearity" or (self.policy == "auto" and better)
+        self.chosen_by = "linearity" if linearity else "sensitivity"
+        tuner.kinds = by_linearity[linear_place][0] if linearity else ways[place]
+        tuner.predictor = replace(tuner.predictor, curves=self._curves(tuner.kinds))
+
+    def _by_linearity(self, pruned: float) -> tuple[dict[str, Kind], float]:
+        """Prune at the share of the sites whose linearity is lowest, merge at the others; and the threshold."""
+        known = {name: s.mean for name in self.survey.linearity if (s := self.survey.score(name)) is not None}
+        ranked = sorted(known.values())
+        count = round(pruned * len(ranked))
+        if 0 < count < len(ranked):
+            threshold = (ranked[count - 1] + ranked[count]) / 2
+        else:
+            threshold = 0.0 if count == 0 else math.nextafter(1.0, 2.0)
+        decided = {
+            name: self._best_kind(found, "prune" if known.get(name, 1.0) < threshold else "mlerp")
+            for name, found in self.survey.sensitivity.items()
+        }
+        return decided, threshold
+
+    def _best_kind(self, found: Sensitivity, strategy: str | None = None) -> Kind:
+        """The kind of least measured error at a site, of all or of one strategy."""
+        curves = {kind: c for kind, c in found.curves().items() if strategy is None or kind[0] == strategy}
+        return min(curves, key=lambda kind: curves[kind].errors[-1], default=(strategy or FIRST[0], FIRST[1]))
+
+    def _curves(self, chosen: dict[str, Kind]) -> dict[str, Curve]:
+        """The error curve of each site's kind."""
+        known = {name: found.curves() for name, found in self.survey.sensitivity.items()}
+        return {name: curves[chosen[name]] for name, curves in known.items() if chosen[name] in curves}
+
+    def reason(self, name: str, choice: Choice) -> str:
+        """Why a site got what it got, in words."""
+        curves = self.survey.sensitivity[name].curves()
+        if not curves:
+            return "every candidate gave outputs that are no numbers"
+        if not choice.r:
+            return "tokens are cheaper to remove elsewhere"
+        lowest = {
+            strategy: min((c.errors[-1] for kind, c in curves.items() if kind[0] == strategy), default=math.nan)
+            for strategy in ("mlerp", "prune")
+        }
+        merged, pruned = (self.survey.metric.error(lowest[strategy]) for strategy in ("mlerp", "prune"))
+        said = f"alone, half of its tokens merged cost {merged:.3g}, pruned {pruned:.3g}"
+        score = self.survey.score(name)
+        if self.chosen_by == "sensitivity" or score is None:
+            return said
+        side = "below" if choice.strategy == "prune" else "not below"
+        return f"linearity {score.mean:.3f} is {side} {self.threshold:.3f}; {said}"

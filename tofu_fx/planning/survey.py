@@ -1,0 +1,183 @@
+"""What calibration measures before it plans: outputs, linearity and sensitivity of every site, and what time costs."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from tofu_fx.errors import CalibrationError
+from tofu_fx.planning.batches import Batch
+from tofu_fx.planning.cost import CostModel, features, fit_weights
+from tofu_fx.planning.linearity import site_linearity, spread
+from tofu_fx.planning.metrics import OutputError, choose_metric
+from tofu_fx.planning.plan import Spread
+from tofu_fx.planning.progress import Progress
+from tofu_fx.planning.rehearsal import Choice, Choices
+from tofu_fx.planning.sensitivity import FIRST, Sensitivity, candidates
+from tofu_fx.planning.site import Rehearsed
+from tofu_fx.planning.timing import device_of, time_calls
+from tofu_fx.planning.trial import Trial
+
+#: of the inputs, about as many are used to measure single sites; whole plans are measured on all
+SITE_SAMPLES = 16
+#: shares of the arriving tokens that go at every site, in the plans by which the cost model is fitted
+PROFILES = (0.0, 0.03, 0.1, 0.25, 0.5)
+
+
+@dataclass
+class Survey:
+    """A model measured on the calibration inputs."""
+
+    trial: Trial
+    batches: Sequence[Batch]
+    bar: Progress
+    random: random.Random
+    user_metric: Any = None
+    plain: list[Any] = field(default_factory=list)
+    sensitivity: dict[str, Sensitivity] = field(default_factory=dict)
+    #: site id -> linearity between samples, and between the tokens that would be merged
+    linearity: dict[str, tuple[Spread | None, Spread | None]] = field(default_factory=dict)
+    passes: float = 0.0
+
+    def run_plain(self) -> None:
+        """The plain model's outputs; from then on the sites and the metric are known.
+
+        Raises:
+            CalibrationError: outputs that are no numbers, or no site.
+        """
+        self.bar.phase("plain model", len(self.batches))
+        for number, batch in enumerate(self.batches):
+            outputs = self.trial.plain(batch)
+            leaves = torch.utils._pytree.tree_leaves(outputs)
+            floats = [value for value in leaves if isinstance(value, torch.Tensor) and value.is_floating_point()]
+            if any(bool(value.isnan().any()) for value in floats):
+                raise CalibrationError(
+                    f"the plain model's outputs hold NaN for calibration batch {number}: nothing can be compared with "
+                    "them; check the weights and the inputs"
+                )
+            self.plain.append(outputs)
+            self.passes += batch.samples / self.samples
+            self.bar.advance(1)
+        self.trial.require_sites()
+        self.metric: OutputError = choose_metric(self.user_metric, self.plain[0], self.trial.last_graph)
+
+    @property
+    def samples(self) -> int:
+        """All calibration samples."""
+        return sum(batch.samples for batch in self.batches)
+
+    @property
+    def few(self) -> list[int]:
+        """The batches on which single sites are measured."""
+        numbers: list[int] = []
+        for number in range(len(self.batches)):
+            if self.samples_of(numbers) < SITE_SAMPLES:
+                numbers.append(number)
+        return numbers
+
+    def samples_of(self, numbers: Sequence[int]) -> int:
+        """The samples of some batches."""
+        return sum(self.batches[number].samples for number in numbers)
+
+    def score(self, name: str) -> Spread | None:
+        """A site's linearity: between samples where there are several, else between tokens."""
+        between, pairs = self.linearity[name]
+        return between or pairs
+
+    # ---- sites -------------------------------------------------------------------------------------------------------
+
+    def measure_sites(self) -> None:
+        """Linearity and sensitivity of every site, batch by batch, each from the values of one untouched run."""
+        entries = self.trial.rehearsed()
+        errors: dict[tuple[str, Choice], list[float]] = {}
+        scores: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {entry.site.id: [] for entry in entries}
+        self.bar.phase("single sites", len(self.few) * sum(1 + len(candidates(entry)) for entry in entries))
+        for number in self.few:
+            batch, plain = self.batches[number], self.plain[number]
+            self._check_repeatable(float(self.metric(self.trial.record(batch), plain).mean()))
+            for entry in entries:
+                found = self._linearity(entry, batch)
+                scores[entry.site.id].extend([found] if found is not None else [])
+                self.bar.advance(1)
+                for choice in candidates(entry):
+                    outputs = self.trial.reduced(batch, {entry.site.id: choice})
+                    errors.setdefault((entry.site.id, choice), []).extend(self.metric(outputs, plain).tolist())
+                    self.passes += batch.samples / self.samples
+                    self.bar.advance(1)
+        self.trial.forget()
+        self.sensitivity = {entry.site.id: Sensitivity(entry.site) for entry in entries}
+        for (name, choice), values in errors.items():
+            self.sensitivity[name].measured[choice] = self.metric.loss(values)
+        for name, pairs in scores.items():
+            self.linearity[name] = spread([score for score, _ in pairs]), spread([score for _, score in pairs])
+
+    def _linearity(self, entry: Rehearsed, batch: Batch) -> tuple[torch.Tensor, torch.Tensor] | None:
+        found = self.trial.recorded(entry)
+        if found is None:
+            return None
+        rehearsal, inputs, start = found
+        x = start.values[entry.fuse.args[0]]  # type: ignore[index]
+        partners = _partners(x.shape[0], self.random)
+        scores = site_linearity(rehearsal, entry, inputs, start, torch.tensor(partners, device=x.device))
+        return None if scores is None else (scores[0].cpu(), scores[1].cpu())
+
+    def _check_repeatable(self, error: float) -> None:
+        if not error <= 0.01:
+            raise CalibrationError(
+                f"two calls of the model with the same inputs differ by {error:.3g} ({self.metric.name}) although "
+                "nothing was reduced: a model that is random in eval mode cannot be calibrated"
+            )
+
+    # ---- costs -------------------------------------------------------------------------------------------------------
+
+    def operations(self) -> list[CostModel]:
+        """A cost model of each graph that counts operations."""
+        return [CostModel.of(rehearsal) for rehearsal in self.trial.rehearsals]
+
+    def seconds(self) -> list[CostModel] | None:
+        """A cost model of each graph in seconds of this device; None where its time does not hang on the tokens."""
+        models = self.operations()
+        batch = self.batches[0].split(max(1, self.batches[0].samples // 2))[0]
+        device = device_of(self.trial.model, [batch])
+        self.bar.phase("cost model", len(PROFILES))
+        rows, seconds = [], []
+        for share in PROFILES:
+            choices = self._removing(share)
+            self.trial.reduced(batch, choices)  # the first call of a shape traces
+            timed = time_calls({"plan": partial(self.trial.reduced, batch, choices)}, device, rounds=3, warmup=0)
+            parts = [features(m, r, choices) for m, r in zip(models, self.trial.rehearsals, strict=True)]
+            rows.append([sum(column) for column in zip(*parts, strict=True)])
+            seconds.append(timed["plan"].seconds)
+            self.bar.advance(1)
+        flop, byte, reduction, constant = fit_weights(rows, seconds)
+        if flop == byte == 0:
+            return None
+        weighted = [replace(m, per_flop=flop, per_byte=byte, per_reduction=reduction) for m in models]
+        return [replace(weighted[0], constant=constant), *weighted[1:]]
+
+    def _removing(self, share: float) -> Choices:
+        """The same share of the arriving tokens gone at every site."""
+        choices = {}
+        for members in self.trial.streams():
+            count = members[0].tokens
+            for site in members:
+                r = min(math.floor(share * count), site.cap(count))
+                choices[site.id] = Choice(*FIRST, r)
+                count -= r
+        return choices
+
+
+def _partners(samples: int, rng: random.Random) -> list[int]:
+    """A partner for each sample, itself for none (of several)."""
+    order = list(range(samples))
+    rng.shuffle(order)
+    partner = [0] * samples
+    for place, sample in enumerate(order):
+        partner[sample] = order[(place + 1) % samples]
+    return partner

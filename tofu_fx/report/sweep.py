@@ -1,0 +1,301 @@
+"""``tofu_fx.sweep``: every way to choose a schedule at several budgets, with its speed and what it costs in quality."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from rich import box
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from tofu_fx.errors import CalibrationError, TofuError
+from tofu_fx.options import Options
+from tofu_fx.planning.batches import Batch, read_batches
+from tofu_fx.planning.calibrate import Target, calibrate
+from tofu_fx.planning.metrics import OutputError, choose_metric
+from tofu_fx.planning.plan import Plan
+from tofu_fx.planning.progress import Progress
+from tofu_fx.planning.timing import device_name, device_of, time_calls
+from tofu_fx.planning.trial import Trial
+from tofu_fx.planning.uniform import UNIFORM, uniform_plans
+from tofu_fx.report.figure import GREY, INK, new_figure, save_figure
+from tofu_fx.report.variants import call_with, compile_variant, room_for_variants, share_of_flops
+
+PLAIN, CALIBRATED = "plain", "calibrated"
+#: the columns of the CSV
+COLUMNS = ("schedule", "budget", "flops", "speedup", "seconds", "score", "error")
+#: schedule -> colour and marker in the picture
+LINES = {
+    CALIBRATED: ("#c0392b", "o"),
+    "depth rule": (INK, "s"),
+    "uniform mlerp": ("#2471a3", "^"),
+    "uniform mean": ("#e8a33a", "D"),
+    "uniform prune": (GREY, "v"),
+}
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """One schedule at one budget, as measured.
+
+    Attributes:
+        schedule: "plain", "calibrated" or a key of ``planning.uniform.UNIFORM``.
+        budget: the share of the plain model's operations that was asked for; None for plain.
+        flops: the share that is left, in (0, 1].
+        speedup: times the speed of plain, the median of ratios of neighbouring calls.
+        seconds: median of a call of one batch.
+        score: what ``evaluate`` returned, higher is better; None without it.
+        error: mean error of the outputs against plain's over the samples, lower is better; None with ``evaluate``.
+        plan: what was run; None for plain.
+    """
+
+    schedule: str
+    budget: float | None
+    flops: float
+    speedup: float
+    seconds: float
+    score: float | None
+    error: float | None
+    plan: Plan | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What ``tofu_fx.sweep`` measured.
+
+    Attributes:
+        rows: plain first, then each schedule from the largest budget to the smallest.
+        measure: what quality is: "score", or the name of the output error.
+        batch: samples in a timed call.
+        samples: samples that the error is the mean of; 0 where ``evaluate`` chose its own.
+        device: the device's name.
+        inner_backend: what compiled plain and the reduced graphs.
+        unreachable: schedules and budgets that are not among the rows, with the reason.
+    """
+
+    rows: list[SweepRow]
+    measure: str
+    batch: int
+    samples: int
+    device: str
+    inner_backend: str
+    unreachable: list[str] = field(default_factory=list)
+
+    def table(self) -> Table:
+        """The rows as a rich table."""
+        caption = [f"Calls of {self.batch} samples on {self.device}, in turns; medians."]
+        caption += [f"error: {self.measure}, mean over {self.samples} samples"] if self.measure != "score" else []
+        table = Table(
+            title=f"plain {self.inner_backend} against tofu", caption=Text("\n".join([*caption, *self.unreachable])),
+            title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD,
+        )  # fmt: skip
+        quality = "score" if self.measure == "score" else "error"
+        for name in ("schedule", "budget", "FLOPs", "speed-up", "ms a call", quality):
+            table.add_column(name, justify="left" if name == "schedule" else "right", no_wrap=True)
+        for place, row in enumerate(self.rows):
+            last = place + 1 == len(self.rows) or self.rows[place + 1].schedule != row.schedule
+            table.add_row(
+                row.schedule,
+                "" if row.budget is None else f"{row.budget:g}",
+                f"{row.flops:.1%}",
+                f"{row.speedup:.2f}x",
+                f"{1e3 * row.seconds:.1f}",
+                f"{self._quality(row):.4g}",
+                end_section=last,
+            )
+        return table
+
+    def save_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write the rows as CSV with a header; what is None is an empty field.
+
+        Raises:
+            TofuError: the file cannot be written.
+        """
+        try:
+            with open(path, "w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                writer.writerow(COLUMNS)
+                writer.writerows([getattr(row, name) for name in COLUMNS] for row in self.rows)
+        except OSError as error:
+            raise TofuError(f"table {os.fspath(path)!r} cannot be written: {error.strerror}") from None
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw quality against measured speed-up, a line a schedule and a star for plain.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+            TofuError: the picture cannot be written there.
+        """
+        figure = new_figure(7.5, 5)
+        axes = figure.subplots()
+        plain, *others = self.rows
+        axes.plot([plain.speedup], [self._quality(plain)], "*", color="black", markersize=13, label="plain")
+        for schedule, (colour, marker) in LINES.items():
+            # By budget: a schedule that gets slower with less to do should look like it.
+            points = [(row.speedup, self._quality(row)) for row in others if row.schedule == schedule]
+            if points:
+                axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=5, label=schedule)
+        better = "higher is better" if self.measure == "score" else "lower is better"
+        name = "score" if self.measure == "score" else f"error of the outputs ({self.measure})"
+        axes.set(xlabel=f"measured speed-up over plain {self.inner_backend}", ylabel=f"{name}, {better}")
+        axes.set_title(f"{self.device}, batch {self.batch}", loc="left", fontsize=10, color=INK)
+        axes.grid(color="#e5e5e5", linewidth=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=9)
+        figure.tight_layout()
+        save_figure(figure, path)
+
+    def _quality(self, row: SweepRow) -> float:
+        value = row.score if self.measure == "score" else row.error
+        assert value is not None
+        return value
+
+
+def sweep(
+    model: Any,
+    inputs: Any,
+    *,
+    evaluate: Callable[[Any], float] | None = None,
+    flops: Sequence[float] = (0.9, 0.75, 0.6, 0.5),
+    metric: Any = None,
+    inner_backend: Literal["inductor", "aot_eager", "eager"] = "inductor",
+    calibrated: bool = True,
+    seed: int = 0,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> Sweep:
+    """Compare the schedules that need no calibration, and calibrated plans, at equal shares of the operations.
+
+    Every plan is compiled and timed in turns with the plain model, in eval mode and without gradients.
+
+    Args:
+        model: a module or function, as for torch.compile; it is left as it was found.
+        inputs: as for ``tofu_fx.calibrate``. Speed is measured on the first batch, errors on all batches of its size (a
+            shorter last batch would be compiled anew; it is left out).
+        evaluate: a function that gets the model, compiled, and returns how good it is, higher is better (accuracy). It
+            brings its own data; other batch sizes than the first batch's are compiled as they come.
+        flops: shares of the plain model's operations, each in (0, 1).
+        metric: without ``evaluate``: the error of the outputs, as for ``tofu_fx.calibrate``.
+        inner_backend: what compiles plain and the reduced graphs.
+        calibrated: whether to calibrate a plan for each budget, too; else only schedules that need none.
+        seed: of the calibration.
+        batch_size: at most so many samples in one call.
+        progress: whether to show progress bars on stderr.
+
+    Returns:
+        The rows, with ``table()``, ``save_csv(path)`` and ``plot(path)``.
+
+    Raises:
+        CalibrationError: inputs, budgets or a model that cannot be used, or no schedule that reaches any budget.
+    """
+    budgets = _read_budgets(flops)
+    if batch_size < 1:
+        raise CalibrationError(f"batch_size: expected at least 1, got {batch_size}")
+    # An iterator can be gone through once, and the inputs are needed several times.
+    once = isinstance(inputs, Iterable) and not isinstance(inputs, (Tensor, tuple, Mapping, str, bytes))
+    items = list(inputs) if once else inputs
+    batches = read_batches(items, batch_size, device_of(model) if isinstance(model, torch.nn.Module) else None)
+    batches = [batch for batch in batches if batch.samples == batches[0].samples]
+    with Trial(model, Options()) as trial:
+        found = None if evaluate else choose_metric(metric, trial.plain(batches[0]), trial.last_graph)
+        plans = uniform_plans(model, items, budgets)
+        ways = [(name, budget) for name in UNIFORM for budget in budgets]
+        missing = [f"{name} {budget:g}: no such schedule has so few operations" for name, budget in ways]
+        missing = [said for said, way in zip(missing, ways, strict=True) if way not in plans]
+        if calibrated:
+            for budget in budgets:
+                try:
+                    plans[CALIBRATED, budget] = calibrate(
+                        model, items, flops=budget, metric=metric, seed=seed, batch_size=batch_size,
+                        inner_backend=inner_backend, progress=progress,
+                    )  # fmt: skip
+                except CalibrationError as error:
+                    missing.append(f"{CALIBRATED} {budget:g}: {error}")
+        if not plans:
+            raise CalibrationError(f"no schedule reaches flops={', '.join(map(str, budgets))}: " + "; ".join(missing))
+        with Progress(progress) as bar:
+            rows = _measure(model, batches, plans, evaluate, found, inner_backend, bar)
+    return Sweep(
+        rows=rows,
+        measure=found.name if found else "score",
+        batch=batches[0].samples,
+        samples=sum(batch.samples for batch in batches) if found else 0,
+        device=device_name(device_of(model, batches)),
+        inner_backend=inner_backend,
+        unreachable=missing,
+    )
+
+
+def _measure(
+    model: Any,
+    batches: Sequence[Batch],
+    plans: Mapping[tuple[str, float], Plan],
+    evaluate: Callable[[Any], float] | None,
+    metric: OutputError | None,
+    inner_backend: str,
+    bar: Progress,
+) -> list[SweepRow]:
+    ways: list[tuple[str, float | None]] = [(PLAIN, None)]
+    ways += [(name, budget) for name in LINES for budget in _by_size(plans, name)]
+    chosen = {way: {"plan": plans[way[0], way[1]]} if way[1] is not None else None for way in ways}
+    bar.phase("counting operations", len(ways))
+    shares = {}
+    for way, options in chosen.items():
+        shares[way] = 1.0 if options is None else share_of_flops(model, batches[0], options)
+        bar.advance(1)
+    torch._dynamo.reset()
+    with room_for_variants():
+        bar.phase(f"compiling with {inner_backend}", len(ways))
+        compiled = {}
+        for way, options in chosen.items():
+            compiled[way] = compile_variant(model, options, inner_backend)
+            call_with(compiled[way], batches[0])
+            bar.advance(1)
+        bar.phase("timing, in turns", 1)
+        calls = {" ".join(map(str, way)): partial(call_with, run, batches[0]) for way, run in compiled.items()}
+        timed = time_calls(calls, device_of(model, batches))
+        bar.phase("quality", len(ways))
+        plain = [call_with(compiled[PLAIN, None], batch) for batch in batches] if metric else []
+        rows = []
+        for way, run in compiled.items():
+            speed = timed[" ".join(map(str, way))]
+            score = _score(evaluate, run) if evaluate else None
+            error = _error(metric, run, batches, plain) if metric else None
+            rows.append(SweepRow(*way, shares[way], speed.speedup, speed.seconds, score, error, plans.get(way)))  # type: ignore[call-overload]
+            bar.advance(1)
+    return rows
+
+
+def _by_size(plans: Mapping[tuple[str, float], Plan], schedule: str) -> list[float]:
+    return sorted((budget for name, budget in plans if name == schedule), reverse=True)
+
+
+def _read_budgets(flops: Sequence[float]) -> list[float]:
+    if not isinstance(flops, Sequence) or isinstance(flops, str) or not flops:
+        raise CalibrationError(f"flops: expected some shares of the operations, such as (0.75, 0.5), got {flops!r}")
+    targets = [Target.read(flops=share).value for share in dict.fromkeys(flops)]
+    return [value for value in targets if value is not None]
+
+
+def _score(evaluate: Callable[[Any], float], run: Any) -> float:
+    value = evaluate(run)
+    try:
+        score = float(value)
+    except (TypeError, ValueError):
+        score = math.nan
+    if math.isnan(score):
+        raise CalibrationError(f"evaluate: the function must return a number, higher is better; it returned {value!r}")
+    return score
+
+
+def _error(metric: OutputError, run: Any, batches: Sequence[Batch], plain: Sequence[Any]) -> float:
+    errors = [metric(call_with(run, batch), expected) for batch, expected in zip(batches, plain, strict=True)]
+    return float(torch.cat(errors).mean())
