@@ -20,7 +20,6 @@ from tofu_fx.planning.plan import Spread
 from tofu_fx.planning.progress import Progress
 from tofu_fx.planning.rehearsal import Choice, Choices
 from tofu_fx.planning.sensitivity import FIRST, Sensitivity, candidates
-from tofu_fx.planning.site import Rehearsed
 from tofu_fx.planning.timing import device_of, time_calls
 from tofu_fx.planning.trial import Trial
 
@@ -28,6 +27,8 @@ from tofu_fx.planning.trial import Trial
 SITE_SAMPLES = 16
 #: shares of the arriving tokens that go at every site, in the plans by which the cost model is fitted
 PROFILES = (0.0, 0.03, 0.1, 0.25, 0.5)
+#: a device on which none of these takes less than this share of the untouched time does not get faster by fewer tokens
+WORTH = 0.97
 
 
 @dataclass
@@ -102,7 +103,7 @@ class Survey:
             batch, plain = self.batches[number], self.plain[number]
             self._check_repeatable(float(self.metric(self.trial.record(batch), plain).mean()))
             for entry in entries:
-                found = self._linearity(entry, batch)
+                found = self._linearity(entry.site.id)
                 scores[entry.site.id].extend([found] if found is not None else [])
                 self.bar.advance(1)
                 for choice in candidates(entry):
@@ -117,11 +118,11 @@ class Survey:
         for name, pairs in scores.items():
             self.linearity[name] = spread([score for score, _ in pairs]), spread([score for _, score in pairs])
 
-    def _linearity(self, entry: Rehearsed, batch: Batch) -> tuple[torch.Tensor, torch.Tensor] | None:
-        found = self.trial.recorded(entry)
+    def _linearity(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        found = self.trial.recorded(name)
         if found is None:
             return None
-        rehearsal, inputs, start = found
+        rehearsal, entry, inputs, start = found
         x = start.values[entry.fuse.args[0]]  # type: ignore[index]
         partners = _partners(x.shape[0], self.random)
         scores = site_linearity(rehearsal, entry, inputs, start, torch.tensor(partners, device=x.device))
@@ -155,9 +156,11 @@ class Survey:
             rows.append([sum(column) for column in zip(*parts, strict=True)])
             seconds.append(timed["plan"].seconds)
             self.bar.advance(1)
-        flop, byte, reduction, constant = fit_weights(rows, seconds)
-        if flop == byte == 0:
+        weights = fit_weights(rows, seconds)
+        fitted = [sum(w * value for w, value in zip(weights, row, strict=True)) for row in rows]
+        if min(fitted) > WORTH * fitted[0]:
             return None
+        flop, byte, reduction, constant = weights
         weighted = [replace(m, per_flop=flop, per_byte=byte, per_reduction=reduction) for m in models]
         return [replace(weighted[0], constant=constant), *weighted[1:]]
 

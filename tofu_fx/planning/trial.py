@@ -124,13 +124,16 @@ class Trial(AbstractContextManager["Trial"]):
         """Let go of what was recorded."""
         self._record, self._recorded = [], None
 
-    def recorded(self, site: Rehearsed) -> tuple[Rehearsal, Sequence[Any], Snapshot] | None:
-        """Graph, inputs and values ahead of a site in the recorded run; None where it cannot be started from."""
+    def recorded(self, name: str) -> tuple[Rehearsal, Rehearsed, Sequence[Any], Snapshot] | None:
+        """Graph, site, inputs and values ahead of it in the recorded run; None where it cannot be started from.
+
+        A batch of another size has a graph of its own, so the site is that of the recorded one.
+        """
         for call in self._record:
             for number, entry in enumerate(call.rehearsal.sites if call.rehearsal else ()):
-                if entry.site.id == site.site.id and call.snapshots:
+                if entry.site.id == name and call.snapshots:
                     assert call.rehearsal is not None
-                    return call.rehearsal, call.inputs, call.snapshots[number]
+                    return call.rehearsal, entry, call.inputs, call.snapshots[number]
         return None
 
     def rehearsed(self) -> list[Rehearsed]:

@@ -1,0 +1,273 @@
+"""Quality at a cost: calibrated plans against the schedules that need no calibration, on two trained models.
+
+    python benchmarks/quality.py saliency     # DINOv2 saliency on photographs: about 25 minutes on two cores
+    python benchmarks/quality.py search       # the same model: 500 random plans at each of two costs, 30 minutes
+    python benchmarks/quality.py cifar        # CIFAR-10 classifier of examples/train_cifar.py: 40 minutes
+    python benchmarks/quality.py show         # print what is in the results file
+
+Plans are calibrated on some inputs and measured on others, at shares of the plain model's operations (head included).
+The schedules that they are compared with remove the same number of tokens in each layer, as many as the share needs:
+the paper's depth rule (prune in the first half, MLERP after), MLERP, the mean (ToMe's merge, in this project's order)
+and prune everywhere. Each part writes its own section of the results file.
+
+The weights, photographs and pictures are not part of the repository; the examples say where they are looked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+
+import tofu_fx
+from tofu_fx.options import Options
+from tofu_fx.planning.batches import read_batches
+from tofu_fx.planning.cost import CostModel
+from tofu_fx.planning.rehearsal import Choice, Choices
+from tofu_fx.planning.trial import Trial
+from tofu_fx.planning.uniform import UNIFORM, rows_of, uniform, uniform_plans
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
+BUDGETS = (0.75, 0.6, 0.5)
+BATCH = 16
+CALIBRATED = "calibrated"
+
+
+def example(name: str) -> Any:
+    """A module of examples/."""
+    if str(ROOT / "examples") not in sys.path:
+        sys.path.append(str(ROOT / "examples"))
+    return __import__(name)
+
+
+def mean_absolute(outputs: Tensor, plain: Tensor) -> Tensor:
+    """Mean absolute error of each map against the plain model's, ``[B]``."""
+    return (outputs - plain).abs().flatten(1).mean(1)
+
+
+def outputs_of(model: nn.Module, inputs: Tensor, plan: tofu_fx.Plan | None) -> Tensor:
+    """All outputs, plain or reduced, eagerly."""
+    call: Callable[..., Tensor] = model
+    if plan is not None:
+        torch._dynamo.reset()
+        options = {"plan": plan, "inner_backend": "eager", "on_error": "raise"}
+        call = torch.compile(model, backend="tofu", options=options, dynamic=False)
+    missing = -len(inputs) % BATCH  # one shape, so that one graph is made
+    padded = torch.cat([inputs, inputs[:missing]])
+    return torch.cat([call(part) for part in padded.split(BATCH)])[: len(inputs)]
+
+
+def plans_at(
+    model: nn.Module, inputs: Tensor, budgets: Sequence[float], metric: Any, console: Console
+) -> dict[tuple[str, float], tofu_fx.Plan]:
+    """The calibrated plan and the uniform ones for each budget."""
+    plans = uniform_plans(model, inputs, budgets)
+    for budget in budgets:
+        plan = tofu_fx.calibrate(model, inputs, flops=budget, metric=metric, inner_backend="eager", batch_size=BATCH)
+        console.print(plan.table())
+        plans[CALIBRATED, budget] = plan
+    return plans
+
+
+def facts(plans: dict[tuple[str, float], tofu_fx.Plan], budgets: Sequence[float]) -> dict[str, Any]:
+    """What the calibrated plans say of themselves."""
+    found: dict[str, Any] = {"plans": {}, "calibration": {}}
+    for budget in budgets:
+        plan = plans[CALIBRATED, budget]
+        assert plan.calibration is not None
+        found["plans"][str(budget)] = [[row.strategy, row.match, row.r] for row in plan.sites]
+        wanted = {"predicted", "measured", "seconds", "samples", "policy", "threshold", "notes", "forward_passes"}
+        found["calibration"][str(budget)] = plan.calibration.model_dump(include=wanted, exclude_none=True)
+    rows = plans[CALIBRATED, budgets[0]].sites
+    found["linearity"] = [row.linearity.mean if row.linearity else None for row in rows]
+    found["pair_linearity"] = [row.pair_linearity.mean if row.pair_linearity else None for row in rows]
+    return found
+
+
+def saliency_inputs() -> tuple[nn.Module, Tensor, Tensor]:
+    """The saliency model, 48 photographs to calibrate with, and the others."""
+    files = example("saliency_model")
+    photos = files.normalise(files.load_photos())
+    chosen = torch.arange(0, len(photos), 5)[:48]
+    others = torch.ones(len(photos), dtype=torch.bool).index_fill_(0, chosen, False)
+    return files.load_model(), photos[chosen], photos[others]
+
+
+def saliency(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    model, calibration, others = saliency_inputs()
+    others = others[: args.limit]
+    plans = plans_at(model, calibration, args.budgets, mean_absolute, console)
+    plain = outputs_of(model, others, None)
+    rows = []
+    for (name, budget), plan in track(plans.items(), "photographs", console=console):
+        maps = outputs_of(model, others, plan)
+        off = (maps - plain).flatten(1).norm(dim=1) / plain.flatten(1).norm(dim=1)
+        rows.append(
+            {
+                "schedule": name,
+                "flops": budget,
+                "error": round(mean_absolute(maps, plain).mean().item(), 5),
+                "relative_l2": round(off.mean().item(), 5),
+            }
+        )
+    return {"photographs": len(others), "calibrated_on": len(calibration), "rows": rows, **facts(plans, args.budgets)}
+
+
+def cifar(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    files = example("cifar_model")
+    model = files.load_model()
+    pictures, labels = files.load_cifar("test", min(args.limit, 5000))
+    others, _ = files.load_cifar("train", 48)
+    plans = plans_at(model, files.prepare(others), args.budgets, None, console)
+    inputs = files.prepare(pictures)
+    plain = outputs_of(model, inputs, None).argmax(1)
+    rows = [{"schedule": "plain", "flops": 1.0, "top1": round(100 * (plain == labels).double().mean().item(), 2)}]
+    for (name, budget), plan in track(plans.items(), "pictures", console=console):
+        found = outputs_of(model, inputs, plan).argmax(1)
+        rows.append(
+            {
+                "schedule": name,
+                "flops": budget,
+                "top1": round(100 * (found == labels).double().mean().item(), 2),
+                "same_as_plain": round(100 * (found == plain).double().mean().item(), 2),
+            }
+        )
+    return {"pictures": len(labels), "rows": rows, **facts(plans, args.budgets)}
+
+
+def random_choices(trial: Trial, share: Callable[[Choices], float], budget: float, rng: random.Random) -> Choices:
+    """A plan of random tokens and kinds whose cost is within the budget and near it."""
+    steepness, match = rng.choice([0.5, 1.0, 2.0]), rng.choice(["keys", "heads", "queries_keys", "mixed"])
+    strategy = rng.choice(["mlerp", "mlerp", "mlerp", "mixed"])
+    weights = {site.id: rng.random() ** steepness for site in trial.sites}
+    matches = {s.id: rng.choice(["keys", "heads", "queries_keys"]) if match == "mixed" else match for s in trial.sites}
+    strategies = {s.id: rng.choice(["prune", "mlerp"]) if strategy == "mixed" else strategy for s in trial.sites}
+
+    def scaled(scale: float) -> Choices:
+        choices = {}
+        for members in trial.streams():
+            count = members[0].tokens
+            for site in members:
+                r = min(int(scale * weights[site.id]), site.cap(count))
+                choices[site.id] = Choice(strategies[site.id], matches[site.id], r)
+                count -= r
+        return choices
+
+    low, high = 0.0, 2000.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if share(scaled(middle)) > budget else (low, middle)
+    return scaled(high)
+
+
+def search(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """How good random plans get: measured on some of the calibration photographs, the best one also on the others."""
+    model, calibration, others = saliency_inputs()
+    some, others = calibration[:: max(1, len(calibration) // BATCH)][:BATCH], others[: args.limit]
+    plain_others = outputs_of(model, others, None)
+    (batch,) = read_batches(some, BATCH)
+    found: dict[str, Any] = {}
+    with Trial(model, Options()) as trial:
+        plain = trial.plain(batch)
+        models = [CostModel.of(rehearsal) for rehearsal in trial.rehearsals]
+        whole = models[0].flops.total(trial.rehearsals[0].counts({}))
+
+        def share(choices: Choices) -> float:
+            return models[0].flops.total(trial.rehearsals[0].counts(choices)) / whole
+
+        def error(choices: Choices) -> float:
+            return mean_absolute(trial.reduced(batch, choices), plain).mean().item()
+
+        best: dict[float, tuple[float, Choices]] = {}
+        for budget in args.budgets[1:] or args.budgets:
+            rng = random.Random(args.seed)
+            tried = []
+            for _ in track(range(args.plans), f"random plans at {budget}", console=console):
+                choices = random_choices(trial, share, budget, rng)
+                tried.append((error(choices), share(choices), choices))
+            least = min(tried, key=lambda item: item[0])
+            best[budget] = least[0], least[2]
+            uniforms = {}
+            for name, kind_of in UNIFORM.items():
+                choices = uniform(trial, share, budget, kind_of)
+                if choices is not None:
+                    uniforms[name] = round(error(choices), 5)
+            errors = sorted(item[0] for item in tried)
+            found[str(budget)] = {
+                "plans": len(tried),
+                "best": round(errors[0], 5),
+                "median": round(errors[len(errors) // 2], 5),
+                "uniform": uniforms,
+                "best_plan": [[c.strategy, c.match, c.r] for c in least[2].values()],
+                "all": [[round(e, 5), round(f, 4)] for e, f, _ in tried],
+            }
+        chosen = {budget: tofu_fx.Plan(sites=rows_of(trial, choices)) for budget, (_, choices) in best.items()}
+    for budget, plan in chosen.items():
+        maps = outputs_of(model, others, plan)
+        found[str(budget)]["best_on_others"] = round(mean_absolute(maps, plain_others).mean().item(), 5)
+    return {"photographs": len(some), "others": len(others), "seed": args.seed, "budgets": found}
+
+
+def show(results: dict[str, Any], console: Console) -> None:
+    for part, column, unit in (("saliency", "error", "map error"), ("cifar", "top1", "top-1 %")):
+        if part not in results:
+            continue
+        table = Table(title=f"{part}: {unit} at shares of the plain model's FLOPs", title_justify="left")
+        budgets = sorted({row["flops"] for row in results[part]["rows"]}, reverse=True)
+        table.add_column("schedule")
+        for budget in budgets:
+            table.add_column(f"{budget:g}", justify="right")
+        for name in dict.fromkeys(row["schedule"] for row in results[part]["rows"]):
+            cells = {row["flops"]: row[column] for row in results[part]["rows"] if row["schedule"] == name}
+            table.add_row(name, *(f"{cells[b]:g}" if b in cells else "" for b in budgets))
+        console.print(table)
+        for name in ("linearity", "pair_linearity"):
+            console.print(f"{name}: {' '.join(f'{value:.2f}' for value in results[part][name])}", highlight=False)
+    for budget, found in results.get("search", {}).get("budgets", {}).items():
+        console.print(
+            f"{found['plans']} random plans at {budget}: best {found['best']}, median {found['median']}; uniform "
+            f"{found['uniform']}; the best on other photographs {found.get('best_on_others')}",
+            highlight=False,
+        )
+
+
+PARTS = {"saliency": saliency, "search": search, "cifar": cifar}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=[*PARTS, "show"])
+    parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS, help="shares of the operations")
+    parser.add_argument("--limit", type=int, default=2000, help="photographs or pictures to measure on, at most")
+    parser.add_argument("--plans", type=int, default=500, help="random plans at each budget")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    console = Console()
+    results = json.loads(args.output.read_text()) if args.output.is_file() else {}
+    if args.part != "show":
+        start = time.perf_counter()
+        with torch.no_grad():
+            results[args.part] = PARTS[args.part](args, console)
+        results[args.part].update(
+            seconds=round(time.perf_counter() - start), torch=torch.__version__, threads=torch.get_num_threads()
+        )
+        args.output.parent.mkdir(exist_ok=True)
+        args.output.write_text(json.dumps(results, indent=1) + "\n")
+    show(results, console)
+
+
+if __name__ == "__main__":
+    main()
