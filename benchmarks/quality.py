@@ -3,6 +3,7 @@
     python benchmarks/quality.py saliency     # DINOv2 saliency on photographs: about 25 minutes on two cores
     python benchmarks/quality.py search       # the same model: 500 random plans at each of two costs, 30 minutes
     python benchmarks/quality.py cifar        # CIFAR-10 classifier of examples/train_cifar.py: 40 minutes
+    python benchmarks/quality.py times        # how long calibration itself takes: ten minutes
     python benchmarks/quality.py show         # print what is in the results file
 
 Plans are calibrated on some inputs and measured on others, at shares of the plain model's operations (head included).
@@ -220,6 +221,24 @@ def search(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     return {"photographs": len(some), "others": len(others), "seed": args.seed, "budgets": found}
 
 
+def times(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """How long calibration takes, compiling included, and how that grows with inputs and sites."""
+    timm, found = __import__("timm"), {}
+    for samples, depth in ((48, 12), (24, 12), (48, 6)):
+        model = timm.create_model("vit_small_patch16_224", depth=depth).eval()
+        inputs = torch.randn(samples, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+        with torch._inductor.utils.fresh_cache():
+            plan = tofu_fx.calibrate(model, inputs, flops=0.6)
+        assert plan.calibration is not None
+        measured = plan.calibration.measured
+        found[f"{samples} inputs, {depth} sites"] = {
+            "seconds": plan.calibration.seconds, "forward_passes": plan.calibration.forward_passes,
+            "speedup": measured.speedup, "flops": measured.flops,
+        }  # fmt: skip
+        console.print(found, highlight=False)
+    return {"model": "vit_small_patch16_224", "times": found}
+
+
 def show(results: dict[str, Any], console: Console) -> None:
     for part, column, unit in (("saliency", "error", "map error"), ("cifar", "top1", "top-1 %")):
         if part not in results:
@@ -235,6 +254,8 @@ def show(results: dict[str, Any], console: Console) -> None:
         console.print(table)
         for name in ("linearity", "pair_linearity"):
             console.print(f"{name}: {' '.join(f'{value:.2f}' for value in results[part][name])}", highlight=False)
+    for name, row in results.get("times", {}).get("times", {}).items():
+        console.print(f"calibration of ViT-S/16, {name}: {row['seconds']:.0f} s", highlight=False)
     for budget, found in results.get("search", {}).get("budgets", {}).items():
         console.print(
             f"{found['plans']} random plans at {budget}: best {found['best']}, median {found['median']}; uniform "
@@ -243,7 +264,7 @@ def show(results: dict[str, Any], console: Console) -> None:
         )
 
 
-PARTS = {"saliency": saliency, "search": search, "cifar": cifar}
+PARTS = {"saliency": saliency, "search": search, "cifar": cifar, "times": times}
 
 
 def main() -> None:

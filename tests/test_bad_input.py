@@ -85,10 +85,11 @@ def test_r_that_leaves_no_token_is_capped_and_the_warning_says_the_cap(model: nn
 
 
 def test_plan_of_another_model_names_the_first_site_that_differs(model: nn.Module) -> None:
-    plan = tofu_fx.explain(model, X[:, :20], options={"r": 2}).plan
-    error = failure(model, plan=plan, **EAGER)
+    plan = tofu_fx.explain(model, X, options={"r": 2}).plan
+    other = tofu_fx.Plan(sites=[row.model_copy(update={"heads": 7}) for row in plan.sites])
+    error = failure(model, plan=other, **EAGER)
     assert isinstance(error, PlanError)
-    assert re.search("site 0 has tokens 24 in the graph, 20 in the plan", str(error))
+    assert re.search(r"site 0 has heads \d in the graph, 7 in the plan", str(error))
 
 
 def test_plan_with_too_few_sites_says_which_is_missing(model: nn.Module) -> None:
@@ -104,8 +105,8 @@ def test_plan_with_too_few_sites_says_which_is_missing(model: nn.Module) -> None
         (None, ["cannot be read", "No such file"]),
         ("{", ["is not JSON"]),
         (json.dumps({"sites": [], "color": 1}), ["color"]),
-        (json.dumps({"version": 1, "sites": [{"id": "a"}]}), ["sites.0."]),
-        (json.dumps({"version": 7, "sites": []}), ["version"]),
+        (json.dumps({"version": 2, "sites": [{"id": "a"}]}), ["sites.0."]),
+        (json.dumps({"version": 7, "sites": []}), ["version 7", "reads version 2"]),
     ],
 )
 def test_plan_file_that_cannot_be_used_is_an_error_that_names_the_file(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import warnings
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 
-from tofu_fx import cli
+from tofu_fx import TofuWarning, cli
 
 
 def _command_that_raises(error: BaseException) -> cli.Command:
@@ -51,6 +52,16 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["demo", "--ratios", "half"], "between 0 and 1"),
         (["demo", "--batch", "0"], "positive whole number"),
         (["demo", "--strategies", "melt"], "melt"),
+        (["calibrate", "timm:x"], "-o/--output"),
+        (["calibrate", "timm:x", "-o", "p.json", "--flops", "0.5", "--speedup", "2"], "not allowed with"),
+        (["calibrate", "timm:x", "-o", "p.json", "--speedup", "0.9"], "a number above 1"),
+        (["calibrate", "timm:x", "-o", "p.json", "--error", "none"], "a number above 0"),
+        (["explain", "timm:x", "--plan", "p.json", "--ratio", "0.5"], "not allowed with"),
+        (["explain", "timm:x", "--r", "8,x"], "one a layer, as 8,8,4"),
+        (["explain", "timm:x", "--pretrained", "--weights", "w.safetensors"], "not allowed with"),
+        (["bench", "timm:x", "--ratio", "0.5,2"], "between 0 and 1"),
+        (["plan"], "ACTION"),
+        (["plan", "show"], "plan"),
     ],
 )
 def test_wrong_usage_exits_with_2_and_says_what(
@@ -58,6 +69,14 @@ def test_wrong_usage_exits_with_2_and_says_what(
 ) -> None:
     assert cli.main(argv) == 2
     assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["calibrate", "explain", "bench"])
+def test_help_of_a_command_has_the_sources_and_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert f"tofu-fx {command} timm:vit_base_patch16_224" in shown
+    assert all(words in shown for words in ("hf:NAME_OR_FOLDER", "MODULE:FUNCTION", "FILE.npz", "--inputs"))
 
 
 def test_failure_is_one_line_and_exit_code_1(
@@ -77,6 +96,25 @@ def test_debug_shows_the_traceback(
     shown = capsys.readouterr().err
     assert "Traceback" in shown
     assert "in run" in shown
+
+
+def test_own_warnings_are_one_line_and_those_of_others_keep_their_place(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def warn(args: argparse.Namespace) -> None:
+        warnings.warn("tofu_fx: nothing was accelerated", TofuWarning, stacklevel=1)
+        warnings.warn("old", UserWarning, stacklevel=1)
+
+    _set_commands(monkeypatch, cli.Command("warn", "warns", lambda parser: None, warn))
+    assert cli.main(["warn"]) == 0
+    own, other, *_ = capsys.readouterr().err.splitlines()
+    assert own == "tofu-fx: warning: nothing was accelerated"
+    assert other.startswith(__file__)
+
+
+def test_exit_code_of_a_command_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    _set_commands(monkeypatch, cli.Command("three", "says 3", lambda parser: None, lambda args: 3))
+    assert cli.main(["three"]) == 3
 
 
 def test_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from tofu_fx.options import Options
 from tofu_fx.planning.calibrate import calibrate
 from tofu_fx.planning.plan import Plan
 from tofu_fx.report.explain import Explanation, explain
+from tofu_fx.report.sweep import Sweep, sweep
 from tofu_fx.report.tokens import token_groups
 
 __all__ = [
@@ -18,11 +19,13 @@ __all__ = [
     "PassError",
     "Plan",
     "PlanError",
+    "Sweep",
     "TofuError",
     "TofuWarning",
     "Unsupported",
     "calibrate",
     "explain",
+    "sweep",
     "token_groups",
 ]
 __version__ = "0.1.0"

@@ -57,6 +57,7 @@ def test_inputs_that_cannot_be_used(model: nn.Module, inputs: Any, words: str) -
         ({"policy": "guess"}, "policy: expected 'auto', 'sensitivity' or 'linearity', got 'guess'"),
         ({"metric": "psnr", "flops": 0.8}, "one of relative_l2, kl, got 'psnr'"),
         ({"metric": lambda outputs, plain: "good", "flops": 0.8}, "must return a number or a tensor"),
+        ({"metric": lambda outputs, plain: 1.0, "flops": 0.8}, "of equal outputs is 1; it must be an error"),
         ({"batch_size": 0}, "batch_size: expected at least 1"),
     ],
 )

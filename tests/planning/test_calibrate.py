@@ -195,6 +195,18 @@ def test_plan_serves_every_batch_size_and_another_image_size_as_shares(model: nn
     assert kept == pytest.approx(shares, abs=0.05)  # 37 tokens are coarser than 65
 
 
+def test_compiled_model_stands_for_the_model_inside(model: nn.Module, plan: Plan) -> None:
+    wrapped = torch.compile(model, backend="eager")
+    found = tofu_fx.calibrate(wrapped, images(), flops=0.75, metric="relative_l2", batch_size=4, **QUICK)
+    assert found.sites == plan.sites
+
+
+def test_many_batch_sizes_are_refused_instead_of_measuring_nothing(model: nn.Module) -> None:
+    batches = [images(n) for n in range(1, 13)]
+    with pytest.raises(tofu_fx.CalibrationError, match="too many different batch sizes"):
+        tofu_fx.calibrate(model, batches, flops=0.8, **QUICK)
+
+
 def test_interrupt_leaves_nothing_half_written(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     from tofu_fx.planning.tuning import Tuner
 

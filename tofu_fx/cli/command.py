@@ -46,6 +46,11 @@ def share(text: str) -> float:
     return _number(text, lambda value: 0 < value < 1, "a number between 0 and 1, such as 0.5")
 
 
+def shares(text: str) -> list[float]:
+    """An argument that is one number in (0, 1), or several with commas between."""
+    return list(dict.fromkeys(share(part) for part in text.split(",")))
+
+
 def above_one(text: str) -> float:
     """An argument above 1."""
     return _number(text, lambda value: 1 < value < float("inf"), "a number above 1, such as 1.5")

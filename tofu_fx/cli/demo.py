@@ -39,4 +39,6 @@ def _run(args: argparse.Namespace) -> None:
     run_demo(settings, Console(), Console(stderr=True))
 
 
-COMMAND = Command("demo", "a trained ViT on real images: plain inductor against tofu, and a picture", _add_arguments, _run)
+COMMAND = Command(
+    "demo", "a trained ViT on real images: plain inductor against tofu, and a picture", _add_arguments, _run
+)

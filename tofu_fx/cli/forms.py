@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tofu_fx.cli.command import CommandError, note
+from tofu_fx.cli.command import CommandError
 
 #: what pictures are normalised by where the model does not say
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -19,7 +19,10 @@ LENGTH = 128
 
 @dataclass(frozen=True)
 class ImageForm:
-    """Pictures ``[B, channels, *size]``, of which the middle ``crop`` (a share of the shorter side) is seen."""
+    """Pictures ``[B, channels, *size]``, of which the middle ``crop`` (a share of the shorter side) is seen.
+
+    ``guessed``: the model does not say how they are normalised.
+    """
 
     size: tuple[int, int]
     channels: int = 3
@@ -27,6 +30,7 @@ class ImageForm:
     std: tuple[float, ...] = IMAGENET_STD
     crop: float = 1.0
     interpolation: str = "bicubic"
+    guessed: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,8 +86,6 @@ def find_form(loaded: Loaded, image_size: int | None, length: int | None) -> Ima
             "pictures and token ids: call tofu_fx.calibrate from Python)"
         )
     channels = int(said["input_size"][0]) if said.get("input_size") else 3
-    if not said.get("mean"):
-        note(f"{loaded.name} does not say how its pictures are normalised: ImageNet's mean and deviation are taken")
     mean, std = (tuple(said.get(key) or default) for key, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)))
     if channels != len(mean):
         mean, std = (tuple([sum(values) / len(values)] * channels) for values in (mean, std))
@@ -94,6 +96,7 @@ def find_form(loaded: Loaded, image_size: int | None, length: int | None) -> Ima
         std=std,
         crop=float(said.get("crop_pct") or 1.0),
         interpolation=str(said.get("interpolation") or "bicubic"),
+        guessed=not said.get("mean"),
     )
 
 

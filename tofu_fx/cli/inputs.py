@@ -80,14 +80,18 @@ def _random(form: ImageForm | TokenForm, samples: int, generator: torch.Generato
     return torch.randn(samples, form.channels, *form.size, generator=generator)
 
 
-def _chosen(count: int, samples: int, generator: torch.Generator) -> list[int]:
+def _chosen(path: Path, count: int, samples: int, generator: torch.Generator) -> list[int]:
+    if count < 1:
+        raise CommandError(f"--inputs {path}: there is not one sample in it")
     chosen: list[int] = torch.randperm(count, generator=generator)[:samples].tolist()
     return chosen
 
 
 def _image_form(form: ImageForm | TokenForm, path: Path) -> ImageForm:
     if isinstance(form, TokenForm):
-        raise CommandError(f"--inputs {path}: the model takes token ids, not pictures; expected an .npz with `input_ids`")
+        raise CommandError(
+            f"--inputs {path}: the model takes token ids, not pictures; expected an .npz with `input_ids`"
+        )
     return form
 
 
@@ -95,7 +99,7 @@ def _folder(folder: Path, form: ImageForm, samples: int, generator: torch.Genera
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
     if not paths:
         raise CommandError(f"--inputs {folder}: no pictures in it; expected files that end in {', '.join(PICTURES)}")
-    chosen = [paths[place] for place in _chosen(len(paths), samples, generator)]
+    chosen = [paths[place] for place in _chosen(folder, len(paths), samples, generator)]
     return _pictures(chosen, [str(path) for path in chosen], form)
 
 
@@ -105,22 +109,26 @@ def _npz(path: Path, form: ImageForm | TokenForm, samples: int, generator: torch
         with numpy.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except Exception as error:  # not a zip file, a damaged one, objects instead of numbers
-        raise CommandError(f"--inputs {path}: not an .npz file of numbers ({error}); expected one, or a folder") from error
+        raise CommandError(
+            f"--inputs {path}: not an .npz file of numbers ({error}); expected one, or a folder"
+        ) from error
     if not arrays:
         raise CommandError(f"--inputs {path}: no array in it; expected {FORMS}")
     if isinstance(form, TokenForm):
         return _ids(path, arrays, form, samples, generator)
     if "jpeg" in arrays and "offset" in arrays:
         data, offset = arrays["jpeg"].tobytes(), arrays["offset"].tolist()
-        chosen = _chosen(len(offset) - 1, samples, generator)
+        chosen = _chosen(path, len(offset) - 1, samples, generator)
         files = [io.BytesIO(data[offset[place] : offset[place + 1]]) for place in chosen]
         return _pictures(files, [f"{path}, picture {place}" for place in chosen], form)
     name = "images" if "images" in arrays else next(iter(arrays))
     array = arrays[name]
-    chosen = _chosen(len(array), samples, generator) if array.ndim else []
+    chosen = _chosen(path, len(array), samples, generator) if array.ndim else []
     if array.dtype == numpy.uint8 and (array.ndim == 3 or (array.ndim == 4 and array.shape[-1] in (1, 3, 4))):
         image = need("PIL.Image", "pillow", user=USER)
-        files = [image.fromarray(array[place].squeeze(-1) if array.shape[-1] == 1 else array[place]) for place in chosen]
+        files = [
+            image.fromarray(array[place].squeeze(-1) if array.shape[-1] == 1 else array[place]) for place in chosen
+        ]
         return _pictures(files, [f"{path}, picture {place}" for place in chosen], form)
     expected = (form.channels, *form.size)
     if array.dtype.kind == "f" and array.shape[1:] == expected:
@@ -132,9 +140,7 @@ def _npz(path: Path, form: ImageForm | TokenForm, samples: int, generator: torch
     )
 
 
-def _ids(
-    path: Path, arrays: dict[str, Any], form: TokenForm, samples: int, generator: torch.Generator
-) -> Tensor:
+def _ids(path: Path, arrays: dict[str, Any], form: TokenForm, samples: int, generator: torch.Generator) -> Tensor:
     name = "input_ids" if "input_ids" in arrays else next(iter(arrays))
     array = arrays[name]
     if array.ndim != 2 or array.dtype.kind not in "iu":
@@ -144,11 +150,13 @@ def _ids(
         )
     if array.size and not 0 <= int(array.min()) <= int(array.max()) < form.vocabulary:
         raise CommandError(f"--inputs {path}: {name!r} holds ids outside 0 to {form.vocabulary - 1}, the vocabulary")
-    return torch.from_numpy(array[_chosen(len(array), samples, generator)].astype("int64"))
+    return torch.from_numpy(array[_chosen(path, len(array), samples, generator)].astype("int64"))
 
 
 def _pictures(files: Sequence[Any], names: Sequence[str], form: ImageForm) -> Tensor:
     """Pictures (paths, open files or PIL images) as the model wants them: ``[N, channels, *size]``."""
+    if form.guessed:
+        note("the model does not say how its pictures are normalised: ImageNet's mean and deviation are taken")
     image = need("PIL.Image", "pillow", user=USER)
     tensors = []
     for file, name in zip(files, names, strict=True):

@@ -37,7 +37,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-size", type=positive, metavar="N", help="pixels a side (the model's own)")
     parser.add_argument("--device", help="such as cpu or cuda:0 (a GPU if there is one)")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of model and inputs (%(default)s)"
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of model and inputs (%(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of random weights and inputs (%(default)s)")
 
@@ -101,7 +104,7 @@ def _transformers(name: str, args: argparse.Namespace) -> nn.Module:
         raise CommandError(
             f"--image-size: the weights of hf:{name} are for its own size; leave it out, or use hf-config:{name}"
         )
-    return _from_hub(name, lambda transformers: transformers.AutoModel.from_pretrained(name))
+    return _from_hub(args.model, lambda transformers: transformers.AutoModel.from_pretrained(name))
 
 
 def _transformers_config(name: str, args: argparse.Namespace) -> nn.Module:
@@ -111,7 +114,7 @@ def _transformers_config(name: str, args: argparse.Namespace) -> nn.Module:
         model: nn.Module = transformers.AutoModel.from_config(config)
         return model
 
-    return _from_hub(name, make)
+    return _from_hub(args.model, make)
 
 
 def _from_hub(name: str, make: Callable[[Any], nn.Module]) -> nn.Module:
@@ -120,7 +123,7 @@ def _from_hub(name: str, make: Callable[[Any], nn.Module]) -> nn.Module:
         return make(transformers)
     except (OSError, ValueError, KeyError) as error:
         raise CommandError(
-            f"MODEL hf:{name} cannot be loaded: expected the name of a model on the Hugging Face hub, or a folder with "
+            f"MODEL {name} cannot be loaded: expected the name of a model on the Hugging Face hub, or a folder with "
             f"its config.json and weights: {error}"
         ) from error
 
@@ -167,16 +170,16 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     except Exception as error:  # safetensors has an exception class of its own for each fault
         raise CommandError(f"--weights {path}: not a .safetensors file: {error}") from error
     own = model.state_dict()
-    wrong = [f"{name} is missing" for name in own.keys() - weights.keys()]
-    wrong += [f"{name} is not in the model" for name in weights.keys() - own.keys()]
-    wrong += [
-        f"{name} is {list(weights[name].shape)}, not {list(own[name].shape)}"
-        for name in own.keys() & weights.keys()
-        if own[name].shape != weights[name].shape
+    wrong = [
+        f"{name} is {list(weights[name].shape)}, not {list(value.shape)}"
+        for name, value in own.items()
+        if name in weights and weights[name].shape != value.shape
     ]
+    wrong += [f"{name} is not in the model" for name in weights if name not in own]
+    wrong += [f"{name} is missing" for name in own if name not in weights]
     if wrong:
         more = f", and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise CommandError(f"--weights {path} is of another model: {', '.join(sorted(wrong)[:4])}{more}")
+        raise CommandError(f"--weights {path} is of another model: {', '.join(wrong[:4])}{more}")
     model.load_state_dict(weights)
 
 

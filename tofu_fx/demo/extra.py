@@ -1,4 +1,4 @@
-"""Importing what only the demo, pictures and commands need, with an answer for those who installed tofu-fx without it."""
+"""Importing what only the demo, pictures and commands need, with an answer for those who do not have it."""
 
 from __future__ import annotations
 

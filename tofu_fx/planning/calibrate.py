@@ -69,6 +69,7 @@ def calibrate(
     Raises:
         CalibrationError: inputs, a target or a model that calibration cannot work with; says what to do.
     """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile returned stands for the model inside
     target = Target.read(speedup=speedup, flops=flops, error=error)
     if policy not in ("auto", "sensitivity", "linearity"):
         raise CalibrationError(f"policy: expected 'auto', 'sensitivity' or 'linearity', got {policy!r}")

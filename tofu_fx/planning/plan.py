@@ -198,6 +198,8 @@ class Plan(_Record):
             PlanError: naming the first site that differs between the plan and the graph, or a row that takes more
                 tokens than it can.
         """
+        if not sites:  # one of several graphs of a model, without attention
+            return [], []
         graphs = sorted({row.graph for row in self.sites}) or [0]
         options = [[row for row in self.sites if row.graph == graph] for graph in graphs]
         names = [site.id for site in sites]

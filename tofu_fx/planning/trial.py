@@ -148,9 +148,15 @@ class Trial(AbstractContextManager["Trial"]):
     def _run(self, batch: Batch) -> Any:
         self._calls = 0
         try:
-            return self._call(*batch.args, **batch.kwargs)
+            outputs = self._call(*batch.args, **batch.kwargs)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             raise (error.inner_exception or error) from None
+        if self._choices is not None and not self._calls:
+            # Beyond its limit of compiled versions Dynamo runs the model as it is: that would measure nothing.
+            raise CalibrationError(
+                "the inputs have too many different batch sizes for Dynamo; calibrate with batches of one size"
+            )
+        return outputs
 
     def _backend(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         self.last_graph = gm.graph

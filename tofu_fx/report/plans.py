@@ -16,7 +16,7 @@ from tofu_fx.report.figure import GREY, INK, LOOKS, new_figure, save_figure
 
 #: more sites than this have no room for a number beside each
 ANNOTATED = 30
-#: columns of text that titles and captions have at least
+#: letters that a line of a title or caption gets, if it needs them, although the columns be narrower
 WIDTH = 72
 
 
@@ -71,7 +71,7 @@ def plan_table(plan: Plan) -> Table:
     title, caption = _title(plan), _caption(plan)
     table = Table(
         title=Text(title), caption=Text(caption) if caption else None, title_justify="left", caption_justify="left",
-        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), min_width=WIDTH if caption else None,
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), min_width=_least_width(f"{title}\n{caption}"),
     )  # fmt: skip
     for name in columns:
         counted = name not in ("site", "reason")
@@ -92,13 +92,13 @@ def differences(a: Plan, b: Plan) -> list[tuple[str, str, str]]:
     ids = [row.id for row in (*rows_a.values(), *rows_b.values())]
     found = []
     for key in dict.fromkeys([*rows_a, *rows_b]):
-        said = tuple(_decision(rows[key]) if key in rows else "" for rows in (rows_a, rows_b))
-        if said[0] == said[1]:
+        in_a, in_b = (_decision(rows[key]) if key in rows else "" for rows in (rows_a, rows_b))
+        if in_a == in_b:
             continue
         # Two rows of one id are two kinds of site (or two graphs): say which.
-        ambiguous = ids.count(key[1]) > 1 and "" in said
+        ambiguous = ids.count(key[1]) > 1 and not (in_a and in_b)
         name = f"{key[1]} (graph {key[0]}, {key[2]} heads, width {key[3]})" if ambiguous else key[1]
-        found.append((name, *said))
+        found.append((name, in_a, in_b))
     return found
 
 
@@ -119,7 +119,7 @@ def plan_diff(a: Plan, b: Plan, names: tuple[str, str] = ("a", "b")) -> Table:
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
-        min_width=WIDTH if found else None,
+        min_width=_least_width("\n".join(about)) if found else None,
     )
     for column in ("site", *names):
         table.add_column(Text(column), overflow="fold")
@@ -200,7 +200,7 @@ def _draw_tokens(axes: Any, steps: Sequence[Step], calibration: Calibration | No
         for place, step in enumerate(steps):
             if step.row.r:
                 at = {"xytext": (6, 4), "textcoords": "offset points", "fontsize": 7, "color": GREY}
-                axes.annotate(f"−{step.row.r}", (place, step.leaving), **at)
+                axes.annotate(f"-{step.row.r}", (place, step.leaving), **at)
     axes.set_ylim(bottom=0)
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("tokens")
@@ -254,6 +254,10 @@ def _figures(found: Figures, metric: str) -> str:
     if found.speedup is not None:
         said.append(f"{found.speedup:.2f}x the speed")
     return ", ".join(said)
+
+
+def _least_width(text: str) -> int:
+    return min(WIDTH, max(map(len, text.splitlines())))
 
 
 def _spread(score: Spread | None) -> str:

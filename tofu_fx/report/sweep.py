@@ -139,7 +139,6 @@ class Sweep:
         plain, *others = self.rows
         axes.plot([plain.speedup], [self._quality(plain)], "*", color="black", markersize=13, label="plain")
         for schedule, (colour, marker) in LINES.items():
-            # By budget: a schedule that gets slower with less to do should look like it.
             points = [(row.speedup, self._quality(row)) for row in others if row.schedule == schedule]
             if points:
                 axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=5, label=schedule)
@@ -207,9 +206,12 @@ def sweep(
     with Trial(model, Options()) as trial:
         found = None if evaluate else choose_metric(metric, trial.plain(batches[0]), trial.last_graph)
         plans = uniform_plans(model, items, budgets)
-        ways = [(name, budget) for name in UNIFORM for budget in budgets]
-        missing = [f"{name} {budget:g}: no such schedule has so few operations" for name, budget in ways]
-        missing = [said for said, way in zip(missing, ways, strict=True) if way not in plans]
+        missing = [
+            f"{name} {budget:g}: the same r at every site never leaves so few operations"
+            for name in UNIFORM
+            for budget in budgets
+            if (name, budget) not in plans
+        ]
         if calibrated:
             for budget in budgets:
                 try:
@@ -243,9 +245,11 @@ def _measure(
     inner_backend: str,
     bar: Progress,
 ) -> list[SweepRow]:
-    ways: list[tuple[str, float | None]] = [(PLAIN, None)]
-    ways += [(name, budget) for name in LINES for budget in _by_size(plans, name)]
-    chosen = {way: {"plan": plans[way[0], way[1]]} if way[1] is not None else None for way in ways}
+    ways: dict[tuple[str, float | None], Plan | None] = {(PLAIN, None): None}
+    for name in LINES:
+        budgets = sorted((budget for schedule, budget in plans if schedule == name), reverse=True)
+        ways.update({(name, budget): plans[name, budget] for budget in budgets})
+    chosen = {way: {"plan": plan} if plan is not None else None for way, plan in ways.items()}
     bar.phase("counting operations", len(ways))
     shares = {}
     for way, options in chosen.items():
@@ -269,20 +273,15 @@ def _measure(
             speed = timed[" ".join(map(str, way))]
             score = _score(evaluate, run) if evaluate else None
             error = _error(metric, run, batches, plain) if metric else None
-            rows.append(SweepRow(*way, shares[way], speed.speedup, speed.seconds, score, error, plans.get(way)))  # type: ignore[call-overload]
+            rows.append(SweepRow(*way, shares[way], speed.speedup, speed.seconds, score, error, ways[way]))
             bar.advance(1)
     return rows
-
-
-def _by_size(plans: Mapping[tuple[str, float], Plan], schedule: str) -> list[float]:
-    return sorted((budget for name, budget in plans if name == schedule), reverse=True)
 
 
 def _read_budgets(flops: Sequence[float]) -> list[float]:
     if not isinstance(flops, Sequence) or isinstance(flops, str) or not flops:
         raise CalibrationError(f"flops: expected some shares of the operations, such as (0.75, 0.5), got {flops!r}")
-    targets = [Target.read(flops=share).value for share in dict.fromkeys(flops)]
-    return [value for value in targets if value is not None]
+    return [value for share in dict.fromkeys(flops) if (value := Target.read(flops=share).value) is not None]
 
 
 def _score(evaluate: Callable[[Any], float], run: Any) -> float:
