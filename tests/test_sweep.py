@@ -15,9 +15,9 @@ from rich.console import Console
 
 import tofu_fx
 from tofu_fx import CalibrationError, Sweep, TofuError
+from tofu_fx.planning.timing import room_for_variants
 from tofu_fx.planning.uniform import UNIFORM
 from tofu_fx.report import sweep as sweep_module
-from tofu_fx.report.variants import room_for_variants
 
 BUDGETS = (0.75, 0.9)
 

@@ -63,6 +63,8 @@ class Emitter:
         mapped = {old: mapping(old) for old in node.all_input_nodes}
         args, kwargs = map_arg(node.args, mapped.__getitem__), map_arg(node.kwargs, mapped.__getitem__)
         unchanged = all(isinstance(n, Node) and n.meta.get("val") is old.meta.get("val") for old, n in mapped.items())
+        if not mapped and isinstance(node.meta.get("val"), torch.Tensor):
+            unchanged = False  # what is made from nothing is of the fake mode that it was made in
         value = node.meta["val"] if unchanged and "val" in node.meta else self._fake(node.target, args, kwargs)
         if isinstance(value, (int, float, bool)):
             return value

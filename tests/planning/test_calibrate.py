@@ -195,6 +195,18 @@ def test_plan_serves_every_batch_size_and_another_image_size_as_shares(model: nn
     assert kept == pytest.approx(shares, abs=0.05)  # 37 tokens are coarser than 65
 
 
+def test_stream_too_short_for_all_layers_gets_a_plan() -> None:
+    # 4 patches: the third of six sites may get one token, so it and those behind it can never reduce any.
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=6, embed_dim=48, num_heads=3, num_classes=10)
+    randomise(model)
+    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = tofu_fx.calibrate(model, x, flops=0.9, **QUICK)
+    assert [row.id for row in found.sites] == [f"blocks.{i}.attn" for i in range(6)]
+    assert "fewer than two" in found.sites[-1].reason
+    with torch.no_grad():
+        assert compiled(model, plan=found)(x).isfinite().all()
+
+
 def test_compiled_model_stands_for_the_model_inside(model: nn.Module, plan: Plan) -> None:
     wrapped = torch.compile(model, backend="eager")
     found = tofu_fx.calibrate(wrapped, images(), flops=0.75, metric="relative_l2", batch_size=4, **QUICK)

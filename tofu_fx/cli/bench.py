@@ -127,8 +127,8 @@ def _time(
     from rich.table import Table
     from rich.text import Text
 
-    from tofu_fx.planning.timing import device_name, time_calls
-    from tofu_fx.report.variants import call_with, compile_variant, room_for_variants, share_of_flops
+    from tofu_fx.planning.timing import call_with, compile_variant, device_name, room_for_variants, time_calls
+    from tofu_fx.report.explain import share_of_flops
 
     plain = f"plain {args.inner_backend}"
     bar.phase("counting operations", len(options))

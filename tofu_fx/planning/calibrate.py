@@ -7,6 +7,7 @@ import random
 import time
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from importlib import metadata
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from tofu_fx.planning.progress import Progress
 from tofu_fx.planning.rehearsal import Choice, Choices
 from tofu_fx.planning.sensitivity import candidates
 from tofu_fx.planning.survey import Survey
-from tofu_fx.planning.timing import compile_call, device_name, device_of, time_calls
+from tofu_fx.planning.timing import call_with, compile_variant, device_name, device_of, room_for_variants, time_calls
 from tofu_fx.planning.trial import Trial
 from tofu_fx.planning.uniform import rows_of
 
@@ -139,12 +140,14 @@ def _speed(survey: Survey, choices: Choices, inner_backend: str) -> float:
         return 1.0
     trial, batch = survey.trial, survey.batches[0]
     survey.bar.phase(f"compiling with {inner_backend} and timing", 3)
-    with trial.set_aside():
-        calls = {"plain": compile_call(trial.model, batch, None, inner_backend)}
-        survey.bar.advance(1)
-        plan = Plan(sites=rows_of(trial, choices))
-        calls["plan"] = compile_call(trial.model, batch, {"plan": plan}, inner_backend)
-        survey.bar.advance(1)
+    ways = {"plain": None, "plan": {"plan": Plan(sites=rows_of(trial, choices))}}
+    with trial.set_aside(), room_for_variants():
+        calls = {}
+        for name, options in ways.items():
+            compiled = compile_variant(trial.model, options, inner_backend)
+            calls[name] = partial(call_with, compiled, batch)
+            calls[name]()
+            survey.bar.advance(1)
         timed = time_calls(calls, device_of(trial.model, survey.batches))
         survey.bar.advance(1)
     return timed["plan"].speedup
@@ -152,14 +155,18 @@ def _speed(survey: Survey, choices: Choices, inner_backend: str) -> float:
 
 def _rows(decider: Decider, decision: Decision) -> list[PlanRow]:
     survey, predictor = decider.survey, decider.tuner.predictor
-    shares = predictor.contributions(decision.choices)
+    names = [site.id for site in survey.trial.sites]
+    shares = dict(zip(names, predictor.contributions(decision.choices), strict=True))
     rows = []
-    for row, share in zip(rows_of(survey.trial, decision.choices), shares, strict=True):
+    for row in rows_of(survey.trial, decision.choices):
+        if row.id not in shares:
+            rows.append(row.model_copy(update={"reason": "fewer than two free tokens may arrive here"}))
+            continue
         between, pairs = survey.linearity[row.id]
         measured = {
             "linearity": between,
             "pair_linearity": pairs,
-            "error": survey.metric.error(share),
+            "error": survey.metric.error(shares[row.id]),
             "reason": decider.reason(row.id, decision.choices.get(row.id, Choice())),
         }
         rows.append(row.model_copy(update=measured))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,20 +42,33 @@ def time_calls(
     }
 
 
-def compile_call(model: Any, batch: Batch, options: Mapping[str, Any] | None, inner_backend: str) -> Callable[[], Any]:
-    """The call of a batch, compiled (and run once): through tofu with some options, or plain where there are none."""
+@contextmanager
+def room_for_variants() -> Iterator[None]:
+    """Within it, any number of variants of one model are compiled, and none silently runs as plain Python."""
+    # Dynamo counts compilations by code object, not by model: after eight variants of one forward it would stop.
+    many = {"recompile_limit": 10_000, "accumulated_recompile_limit": 100_000, "fail_on_recompile_limit_hit": True}
+    with torch._dynamo.config.patch(many):  # type: ignore[no-untyped-call, unused-ignore]
+        yield
+
+
+def compile_variant(model: Any, options: Mapping[str, Any] | None, inner_backend: str) -> Any:
+    """The model compiled through tofu with some options, or plain where there are none (a module stays a module).
+
+    A pass that fails is an error when it is first called: a model that was compiled untouched would be measured as if
+    it were reduced.
+    """
     if options is None:
-        compiled = torch.compile(model, backend=inner_backend, dynamic=False)
-    else:
-        chosen = {**options, "inner_backend": inner_backend, "on_error": "raise"}
-        compiled = torch.compile(model, backend="tofu", dynamic=False, options=chosen)
+        return torch.compile(model, backend=inner_backend, dynamic=False)
+    chosen = {**options, "inner_backend": inner_backend, "on_error": "raise"}
+    return torch.compile(model, backend="tofu", dynamic=False, options=chosen)
 
-    def call() -> Any:
-        with torch.no_grad():
-            return compiled(*batch.args, **batch.kwargs)
 
-    call()
-    return call
+def call_with(compiled: Any, batch: Batch) -> Any:
+    """The outputs for a batch; what tofu raises while compiling comes out as it was raised."""
+    try:
+        return compiled(*batch.args, **batch.kwargs)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        raise (error.inner_exception or error) from None
 
 
 def device_of(model: Any, batches: Sequence[Batch] = ()) -> torch.device:

@@ -38,7 +38,10 @@ class Trial(AbstractContextManager["Trial"]):
 
     model: Any
     options: Options
+    #: the sites at which tokens can go
     sites: list[Site] = field(default_factory=list)
+    #: the sites that a plan must have a row for: also those that fewer than two free tokens would reach
+    planned: list[Site] = field(default_factory=list)
     #: for each site the number of its graph
     graph_of: dict[str, int] = field(default_factory=dict)
     rehearsals: list[Rehearsal] = field(default_factory=list)
@@ -186,7 +189,9 @@ class Trial(AbstractContextManager["Trial"]):
                 )
         if new:
             number = len(self.rehearsals)
-            self.graph_of.update((site.id, number) for site in sites)
+            planned = [site for site in rehearsal.compilation.sites if site.planned]
+            self.graph_of.update((site.id, number) for site in planned)
+            self.planned.extend(planned)
             self.sites.extend(sites)
             self.rehearsals.append(rehearsal)
 

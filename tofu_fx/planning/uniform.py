@@ -78,7 +78,7 @@ def uniform(
 def rows_of(trial: Trial, choices: Choices) -> list[PlanRow]:
     """The rows of a plan that does what the choices say."""
     rows = []
-    for site in trial.sites:
+    for site in trial.planned:
         choice = choices.get(site.id, Choice(*FIRST, 0))
         update: dict[str, Any] = {"strategy": choice.strategy, "match": choice.match, "r": choice.r}
         rows.append(PlanRow.of(site, trial.graph_of[site.id]).model_copy(update=update))

@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 
 from tofu_fx.backend import Outcome, rewrite, run_once
 from tofu_fx.options import Options
+from tofu_fx.planning.batches import Batch
 from tofu_fx.planning.flops import count_flops
 from tofu_fx.planning.plan import Plan, PlanRow
 from tofu_fx.planning.site import Site
@@ -165,6 +166,15 @@ def explain(
 
     run_once(model, collect, example_inputs, example_kwargs)
     return explanation
+
+
+def share_of_flops(model: Any, batch: Batch, options: Mapping[str, Any]) -> float:
+    """Operations of a call that are left under some options, as a share of the plain model's (1 where it has none).
+
+    To be asked before anything is compiled: ``tofu_fx.explain`` clears what Dynamo has compiled.
+    """
+    explained = explain(model, *batch.args, options={**options, "on_error": "raise"}, **batch.kwargs)
+    return explained.flops_after / explained.flops_before if explained.flops_before else 1.0
 
 
 def _report(outcome: Outcome, number: int) -> GraphReport:

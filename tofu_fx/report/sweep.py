@@ -23,11 +23,11 @@ from tofu_fx.planning.calibrate import Target, calibrate
 from tofu_fx.planning.metrics import OutputError, choose_metric
 from tofu_fx.planning.plan import Plan
 from tofu_fx.planning.progress import Progress
-from tofu_fx.planning.timing import device_name, device_of, time_calls
+from tofu_fx.planning.timing import call_with, compile_variant, device_name, device_of, room_for_variants, time_calls
 from tofu_fx.planning.trial import Trial
 from tofu_fx.planning.uniform import UNIFORM, uniform_plans
+from tofu_fx.report.explain import share_of_flops
 from tofu_fx.report.figure import GREY, INK, new_figure, save_figure
-from tofu_fx.report.variants import call_with, compile_variant, room_for_variants, share_of_flops
 
 PLAIN, CALIBRATED = "plain", "calibrated"
 #: the columns of the CSV
