@@ -28,8 +28,11 @@ class Undecided(Exception):
 class Reducer:
     """Carries out ``rows`` = (strategy, r) at successive sites of a stream with protected ends."""
 
-    def __init__(self, rows: Sequence[tuple[str, int]], lead: int = 0, tail: int = 0, biased: bool = True) -> None:
-        self.rows, self.lead, self.tail, self.biased = list(rows), lead, tail, biased
+    def __init__(
+        self, rows: Sequence[tuple[str, int]], lead: int = 0, tail: int = 0, biased: bool = True, match: str = "keys"
+    ) -> None:
+        self.rows, self.lead, self.tail, self.biased, self.match = list(rows), lead, tail, biased, match
+        self.queries: Tensor | None = None  # [B, H, N, D] of the attention ahead of the site
         self.there: Tensor | None = None  # [N] bool: which of the original tokens are no padding
         self.size: Tensor | None = None
         self.origin: Tensor | None = None
@@ -42,6 +45,11 @@ class Reducer:
         strategy, r = self.rows[len(self.steps)]
         batch, tokens, _ = x.shape
         metric = keys.mean(1)
+        if self.match != "keys":
+            metric = keys.transpose(1, 2).flatten(2)
+        if self.match == "queries_keys":
+            assert self.queries is not None
+            metric = torch.cat([metric, self.queries.transpose(1, 2).flatten(2)], -1)
         if self.there is not None:
             there = self.there.expand(batch, -1) if self.origin is None else self.there[self.origin]
             metric = reference_separate(metric, there)
@@ -110,6 +118,7 @@ def attention(module: Any, x: Tensor, reducer: Reducer) -> tuple[Tensor, Tensor]
     qkv = module.qkv(x).reshape(batch, tokens, 3, module.num_heads, module.head_dim)
     q, k, v = (qkv[:, :, i].transpose(1, 2) for i in range(3))
     q, k = module.q_norm(q), module.k_norm(k)
+    reducer.queries = q
     weights = reducer.logits(q @ k.transpose(-2, -1) * module.head_dim**-0.5).softmax(-1)
     return module.proj((weights @ v).transpose(1, 2).reshape(batch, tokens, -1)), k
 

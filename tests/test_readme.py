@@ -9,17 +9,23 @@ from pathlib import Path
 
 import pytest
 
+from tofu_fx.cli import COMMANDS, build_parser
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCED = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
 PYTHON = [code for language, code in FENCED if language == "python"]
 SHELL = [line for language, code in FENCED if language in ("", "bash", "sh") for line in code.strip().splitlines()]
 
+PARTS = ("saliency", "search", "cifar", "times", "show")
+
 #: commands that take minutes -> the short form of the same command that shows that it runs
 SHORT = {
     "python examples/saliency.py": ["python", "examples/saliency.py", "--help"],
     "python examples/train_digits.py": ["python", "examples/train_digits.py", "--help"],
     "python benchmarks/vit_cpu.py": ["python", "benchmarks/vit_cpu.py", "--help"],
+    **{f"python benchmarks/quality.py {part}": ["python", "benchmarks/quality.py", "--help"] for part in PARTS},
+    "python benchmarks/levers.py": ["python", "benchmarks/levers.py", "--help"],
 }
 
 
@@ -36,7 +42,15 @@ def test_python_snippets_run(number: int, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("command", [line for line in SHELL if not line.startswith("pip install")])
+@pytest.mark.parametrize("command", [line for line in SHELL if line.startswith("tofu-fx")])
+def test_command_lines_are_understood(command: str) -> None:
+    # What the commands do is tested in test_cli*.py, with models that need no download.
+    args = build_parser(COMMANDS).parse_args(command.split()[1:])
+    assert args.command == command.split()[1]
+    assert callable(args.run)
+
+
+@pytest.mark.parametrize("command", [line for line in SHELL if line.startswith("python ")])
 def test_other_commands_run(command: str) -> None:
     assert command in SHORT, f"{command!r} is in the README; say here how a test runs it"
     done = subprocess.run([sys.executable, *SHORT[command][1:]], cwd=ROOT, capture_output=True, text=True)
