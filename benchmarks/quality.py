@@ -22,6 +22,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 import tofu_fx
 from tofu_fx.options import Options
 from tofu_fx.planning.batches import read_batches
-from tofu_fx.planning.cost import CostModel
+from tofu_fx.planning.cost import CostModel, share_of_operations
 from tofu_fx.planning.rehearsal import Choice, Choices
 from tofu_fx.planning.trial import Trial
 from tofu_fx.planning.uniform import UNIFORM, rows_of, uniform, uniform_plans
@@ -183,10 +184,7 @@ def search(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     with Trial(model, Options()) as trial:
         plain = trial.plain(batch)
         models = [CostModel.of(rehearsal) for rehearsal in trial.rehearsals]
-        whole = models[0].flops.total(trial.rehearsals[0].counts({}))
-
-        def share(choices: Choices) -> float:
-            return models[0].flops.total(trial.rehearsals[0].counts(choices)) / whole
+        share = partial(share_of_operations, models)
 
         def error(choices: Choices) -> float:
             return mean_absolute(trial.reduced(batch, choices), plain).mean().item()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import tofu_fx
 from tests.eager_reference import Reducer, reference_vit
@@ -48,11 +49,30 @@ def test_flops_are_those_of_the_graphs(explained: tofu_fx.Explanation) -> None:
     with (
         torch.no_grad(),
         torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
-        torch.utils.flop_counter.FlopCounterMode(display=False) as counter,
+        FlopCounterMode(display=False) as counter,
     ):
         model(x)
     assert explained.flops_before == counter.get_total_flops()
     assert 0.6 * explained.flops_before < explained.flops_after < 0.95 * explained.flops_before
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        torch.nn.Conv2d(4, 6, 3, stride=2, groups=2),
+        torch.nn.ConvTranspose2d(4, 6, 4, stride=2, padding=1),
+        torch.nn.ConvTranspose1d(4, 6, 3, groups=2),
+        torch.nn.Conv3d(4, 2, 2),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_flops_of_convolutions_are_those_of_the_flop_counter(layer: torch.nn.Module) -> None:
+    x = torch.randn(2, 4, *[7] * (layer.weight.dim() - 2))  # type: ignore[union-attr, operator]
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as counter:
+            layer(x)
+        explained = tofu_fx.explain(layer, x)
+    assert explained.flops_before == counter.get_total_flops() > 0
 
 
 def test_code_before_and_after_is_readable(explained: tofu_fx.Explanation) -> None:

@@ -34,7 +34,7 @@ def _stage(costs: list[int], errors: list[int], lead: int, reduction: int) -> St
         lambda counts: cost[counts],
         lambda arriving, gone: error[gone] * arriving,
         lambda arriving: max(arriving - lead, 0) // 2,
-        float(reduction),
+        lambda arriving: float(reduction * arriving),
     )
 
 
@@ -49,7 +49,7 @@ def brute_force(stages: list[Stage], tokens: int, multiple: int) -> list[tuple[f
                 if gone and (arriving - gone) % multiple:
                     continue
                 count = numpy.array([arriving - gone])
-                more = float(stage.cost(count)[0]) + (stage.reduction if gone else 0.0)
+                more = float(stage.cost(count)[0]) + (stage.reduction(arriving) if gone else 0.0)
                 off = float(stage.error(arriving, numpy.array([gone]))[0])
                 longer.append((cost + more, error + off, (*removed, gone)))
         plans = longer
@@ -100,7 +100,7 @@ def test_thinned_search_is_near_the_exact_one(most: int) -> None:
         def error(arriving: int, gone: Any) -> Any:
             return (12 - i) * (gone / arriving) ** 1.4
 
-        return Stage(lambda n: n * 7.3 + n * n * 0.01, error, lambda n: (n - 1) // 2, 5.0)
+        return Stage(lambda n: n * 7.3 + n * n * 0.01, error, lambda n: (n - 1) // 2, lambda n: 5.0)
 
     stages = [stage(i) for i in range(5)]
     exact, thin = search(stages, 40, 1, most_labels=100_000), search(stages, 40, 1, most_labels=most)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from hypothesis import given
@@ -92,17 +93,18 @@ def test_cost_of_any_counts_is_that_of_the_graph(name: str) -> None:
         trial.plain(Batch((x,)))
         (rehearsal,) = trial.rehearsals
         cost = CostModel.of(rehearsal)
-        choices = {s.id: Choice("mlerp", "keys", r) for s, r in zip(trial.sites, (6, 0, 9), strict=True)}
+        kinds = (("keys", 6), ("keys", 0), ("queries_keys", 9))
+        choices = {s.id: Choice("mlerp", match, r) for s, (match, r) in zip(trial.sites, kinds, strict=True)}
         counts, plan = rehearsal.counts(choices), Plan(sites=rows_of(trial, choices))
-        whole = rehearsal.counts({})
+        arriving = (trial.sites[0].tokens, counts[1])
+        fuse = (cost.reduction(0, "keys", arriving[0]), cost.reduction(2, "queries_keys", arriving[1]))
     explained = tofu_fx.explain(model, x, options={"plan": plan})
-    assert cost.flops.total(whole) == explained.flops_before
-    # A plan with a site left out is written without its (empty) reduction, and that moves no matrix product.
-    assert cost.flops.total(counts) == explained.flops_after
-    import numpy
-
-    parts = sum(cost.flops.segment(i, numpy.array([n]))[0] for i, n in enumerate(counts))
-    assert cost.flops.fixed + parts == pytest.approx(cost.flops.total(counts), rel=0.02)
+    assert cost.operations({}) == explained.flops_before
+    assert cost.operations(choices) == explained.flops_after
+    assert cost.total(choices) == explained.flops_after
+    parts = sum(cost.segment(i, numpy.array([n]))[0] for i, n in enumerate(counts))
+    assert cost.fixed + parts + sum(fuse) == pytest.approx(explained.flops_after, rel=0.02)
+    assert 0 < sum(fuse) < 0.1 * explained.flops_after
 
 
 def test_weights_of_known_costs_are_found_again() -> None:

@@ -17,8 +17,9 @@ import numpy
 import sympy
 import torch
 
-from tofu_fx.planning.flops import node_bytes, node_flops
+from tofu_fx.planning.flops import matching_flops, node_bytes, node_flops
 from tofu_fx.planning.rehearsal import Choices, Rehearsal
+from tofu_fx.planning.sensitivity import free_tokens
 
 #: token counts behind a site, or one of them
 Counts = numpy.ndarray[Any, Any]
@@ -38,7 +39,10 @@ class Expression:
         placeholders = graph.find_nodes(op="placeholder")[-len(rehearsal.sites) :]
         symbols = tuple(node.meta["val"].node.expr for node in placeholders)
         parts: dict[frozenset[sympy.Symbol], Any] = defaultdict(lambda: sympy.Integer(0))
+        matching = {entry.fuse for entry in rehearsal.sites}  # hangs on what is compared: see CostModel
         for node in rehearsal.needed():
+            if node in matching:
+                continue
             value = sympy.sympify(count(node, _size))
             parts[frozenset(value.free_symbols)] += value
         return cls(symbols, {key: sympy.expand(value) for key, value in parts.items()})
@@ -77,6 +81,7 @@ class Expression:
 class CostModel:
     """Seconds (or operations) of one graph: a weighted sum of operations, bytes, reductions and a constant."""
 
+    rehearsal: Rehearsal
     flops: Expression
     bytes: Expression
     per_flop: float = 1.0
@@ -87,21 +92,49 @@ class CostModel:
     @classmethod
     def of(cls, rehearsal: Rehearsal) -> CostModel:
         """The model that counts operations only."""
-        return cls(Expression.of(rehearsal, node_flops), Expression.of(rehearsal, node_bytes))
+        return cls(rehearsal, Expression.of(rehearsal, node_flops), Expression.of(rehearsal, node_bytes))
 
     @property
     def fixed(self) -> float:
         """What no plan changes."""
         return self.constant + self.per_flop * self.flops.fixed + self.per_byte * self.bytes.fixed
 
-    def total(self, counts: Sequence[int], reductions: int) -> float:
+    def features(self, choices: Choices) -> list[float]:
+        """What the weights are of, for one plan: operations, bytes, reductions, one."""
+        counts, matching, reductions = self.rehearsal.counts(choices), 0.0, 0
+        for place, (entry, count) in enumerate(zip(self.rehearsal.sites, counts, strict=True)):
+            choice = choices.get(entry.site.id)
+            if choice is not None and choice.r:
+                matching += self._matching(place, choice.match, count + choice.r)
+                reductions += 1
+        return [self.flops.total(counts) + matching, self.bytes.total(counts), float(reductions), 1.0]
+
+    def operations(self, choices: Choices) -> float:
+        """The operations of a plan."""
+        return self.features(choices)[0]
+
+    def total(self, choices: Choices) -> float:
         """The cost of a plan."""
-        flops, moved = self.flops.total(counts), self.bytes.total(counts)
-        return self.constant + self.per_flop * flops + self.per_byte * moved + self.per_reduction * reductions
+        weights = (self.per_flop, self.per_byte, self.per_reduction, self.constant)
+        return sum(weight * value for weight, value in zip(weights, self.features(choices), strict=True))
 
     def segment(self, site: int, counts: Counts) -> Counts:
         """The cost behind one site, for an array of counts there."""
         return self.per_flop * self.flops.segment(site, counts) + self.per_byte * self.bytes.segment(site, counts)
+
+    def reduction(self, site: int, match: str, arriving: int) -> float:
+        """What it costs to reduce at a site at all."""
+        return self.per_reduction + self.per_flop * self._matching(site, match, arriving)
+
+    def _matching(self, place: int, match: str, arriving: int) -> float:
+        entry = self.rehearsal.sites[place]
+        batch, _, features = entry.metrics[match].meta["val"].shape
+        return float(matching_flops(batch, free_tokens(entry.site, arriving), features))
+
+
+def share_of_operations(models: Sequence[CostModel], choices: Choices) -> float:
+    """The operations of a plan over all graphs, as a share of the plain model's."""
+    return sum(model.operations(choices) for model in models) / sum(model.operations({}) for model in models)
 
 
 def fit_weights(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
@@ -122,13 +155,6 @@ def fit_weights(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> li
     if columns:
         weights[columns] = found / scale[columns]
     return [float(weight) for weight in weights]
-
-
-def features(model: CostModel, rehearsal: Rehearsal, choices: Choices) -> list[float]:
-    """The columns of ``fit_weights`` for one plan: operations, bytes, reductions, one."""
-    counts = rehearsal.counts(choices)
-    reductions = sum(choice.r > 0 for choice in choices.values())
-    return [model.flops.total(counts), model.bytes.total(counts), float(reductions), 1.0]
 
 
 def _size(size: Any) -> Any:

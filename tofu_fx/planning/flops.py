@@ -2,7 +2,8 @@
 
 One multiply-add counts as two operations, the convention of ``torch.utils.flop_counter``. (The ViT literature's
 "GFLOPs" are multiply-adds: half of these.) Only matrix products, convolutions and attention are counted; elementwise
-work, norms and softmax are not. Sizes may be symbols: then the counts are expressions of them.
+work, norms and softmax are not. Of a reduction its matching is: the products of candidates with partners. Sizes may be
+symbols: then the counts are expressions of them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from tofu_fx import ops  # noqa: F401 - registers torch.ops.tofu
 from tofu_fx.graphs import argument, is_alias, is_op, tensor_inputs
 from tofu_fx.tokens import hint
 
@@ -49,6 +51,16 @@ def _einsum(node: Node, size: Size) -> Any:
     return 2 * math.prod(sizes.values())
 
 
+def matching_flops(batch: Any, free: Any, features: Any) -> Any:
+    """Operations of comparing the candidates with the partners among ``free`` tokens."""
+    return batch * free * free * features // 2  # 2 x free / 2 x free / 2
+
+
+def _matching(node: Node, size: Size) -> Any:
+    (batch, tokens, _), (*_, features) = _shape(node.args[0], size), _shape(node.args[1], size)
+    return matching_flops(batch, tokens - node.args[5] - node.args[6], features)
+
+
 _COUNTS: dict[str, Callable[[Node, Size], Any]] = {
     **dict.fromkeys(("linear", "matmul", "mm", "bmm"), _linear),
     **dict.fromkeys(("addmm", "baddbmm"), _addmm),
@@ -67,6 +79,8 @@ def count_flops(graph: Graph) -> int:
 
 def node_flops(node: Node, size: Size = hint) -> Any:
     """Operations of one node."""
+    if node.target is torch.ops.tofu.fuse_tokens.default:
+        return _matching(node, size)
     for name, count in _COUNTS.items():
         if is_op(node, name) and isinstance(node.meta.get("val"), torch.Tensor):
             return count(node, size)

@@ -28,13 +28,13 @@ class Stage:
 
     ``cost`` maps an array of token counts to what is computed on them behind the site, ``error`` maps arriving tokens
     and an array of removed ones to predicted errors (of 0 removed: 0), ``cap`` maps arriving tokens to the most that
-    can go. ``reduction`` is the cost of reducing at all.
+    can go. ``reduction`` maps arriving tokens to the cost of reducing at all.
     """
 
     cost: Callable[[Array], Array]
     error: Callable[[int, Array], Array]
     cap: Callable[[int], int]
-    reduction: float = 0.0
+    reduction: Callable[[int], float] = lambda arriving: 0.0
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ def search(stages: Sequence[Stage], tokens: int, multiple: int = 1, most_labels:
         gathered: dict[int, list[tuple[int, Array, Array]]] = {}
         for before, labels in reached[-1].items():
             counts = _counts(before, stage.cap(before), multiple)
-            costs = stage.cost(numpy.asarray(counts)) + numpy.where(numpy.asarray(counts) < before, stage.reduction, 0)
+            reduces = numpy.asarray(counts) < before
+            costs = stage.cost(numpy.asarray(counts)) + numpy.where(reduces, stage.reduction(before), 0.0)
             errors = stage.error(before, before - numpy.asarray(counts))
             for count, cost, error in zip(counts, costs, errors, strict=True):
                 gathered.setdefault(count, []).append((before, labels.cost + cost, labels.error + error))

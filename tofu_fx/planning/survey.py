@@ -13,7 +13,7 @@ import torch
 
 from tofu_fx.errors import CalibrationError
 from tofu_fx.planning.batches import Batch
-from tofu_fx.planning.cost import CostModel, features, fit_weights
+from tofu_fx.planning.cost import CostModel, fit_weights
 from tofu_fx.planning.linearity import site_linearity, spread
 from tofu_fx.planning.metrics import METRICS, OutputError, choose_metric
 from tofu_fx.planning.plan import Spread
@@ -162,7 +162,7 @@ class Survey:
             choices = self._removing(share)
             self.trial.reduced(batch, choices)  # the first call of a shape traces
             timed = time_calls({"plan": partial(self.trial.reduced, batch, choices)}, device, rounds=3, warmup=0)
-            parts = [features(m, r, choices) for m, r in zip(models, self.trial.rehearsals, strict=True)]
+            parts = [model.features(choices) for model in models]
             rows.append([sum(column) for column in zip(*parts, strict=True)])
             seconds.append(timed["plan"].seconds)
             self.bar.advance(1)

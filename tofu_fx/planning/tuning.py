@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy
 
-from tofu_fx.planning.cost import CostModel
+from tofu_fx.planning.cost import CostModel, share_of_operations
 from tofu_fx.planning.planner import Front, Stage, combine, search
 from tofu_fx.planning.rehearsal import Choice, Choices
 from tofu_fx.planning.sensitivity import Kind, Predictor
@@ -76,18 +76,11 @@ class Tuner:
 
     def cost(self, choices: Choices) -> float:
         """The cost of a plan by the cost model."""
-        reductions = {site.id: choices[site.id].r > 0 for site in self.trial.sites if site.id in choices}
-        total = 0.0
-        for rehearsal, model in zip(self.trial.rehearsals, self.costs, strict=True):
-            here = sum(reductions.get(entry.site.id, False) for entry in rehearsal.sites)
-            total += model.total(rehearsal.counts(choices), here)
-        return total
+        return sum(model.total(choices) for model in self.costs)
 
     def flops(self, choices: Choices) -> float:
         """The operations of a plan, as a share of the plain model's."""
-        pairs = list(zip(self.trial.rehearsals, self.costs, strict=True))
-        now = sum(model.flops.total(rehearsal.counts(choices)) for rehearsal, model in pairs)
-        return now / sum(model.flops.total(rehearsal.counts({})) for rehearsal, model in pairs)
+        return share_of_operations(self.costs, choices)
 
     # ---- searching -------------------------------------------------------------------------------------------------
 
@@ -139,13 +132,15 @@ class Tuner:
 
     def _stage(self, site: Site, penalty: float) -> Stage:
         graph = self.trial.graph_of[site.id]
-        rehearsal, model = self.trial.rehearsals[graph], self.costs[graph]
+        rehearsal, model, match = self.trial.rehearsals[graph], self.costs[graph], self.kinds[site.id][1]
         place = [entry.site.id for entry in rehearsal.sites].index(site.id)
 
         def loss(arriving: int, gone: Any) -> Any:
             return self.predictor.contribution(site, arriving, gone) + penalty * (numpy.asarray(gone) > 0)
 
-        return Stage(lambda counts: model.segment(place, counts), loss, site.cap, model.per_reduction)
+        return Stage(
+            lambda counts: model.segment(place, counts), loss, site.cap, lambda n: model.reduction(place, match, n)
+        )
 
     # ---- correcting the prediction -----------------------------------------------------------------------------------
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from tofu_fx.options import Options
 from tofu_fx.planning.batches import read_batches
-from tofu_fx.planning.cost import CostModel
+from tofu_fx.planning.cost import CostModel, share_of_operations
 from tofu_fx.planning.plan import Plan, PlanRow
 from tofu_fx.planning.rehearsal import Choice, Choices
 from tofu_fx.planning.sensitivity import FIRST, Kind
@@ -45,12 +46,7 @@ def uniform_plans(model: Any, inputs: Any, flops: Sequence[float]) -> dict[tuple
         trial.plain(batch)
         trial.require_sites()
         models = [CostModel.of(rehearsal) for rehearsal in trial.rehearsals]
-
-        def share(choices: Choices) -> float:
-            pairs = list(zip(trial.rehearsals, models, strict=True))
-            now = sum(cost.flops.total(rehearsal.counts(choices)) for rehearsal, cost in pairs)
-            return now / sum(cost.flops.total(rehearsal.counts({})) for rehearsal, cost in pairs)
-
+        share = partial(share_of_operations, models)
         for budget in flops:
             for name, kind_of in UNIFORM.items():
                 choices = uniform(trial, share, budget, kind_of)

@@ -83,7 +83,7 @@ class Explanation:
 
     @property
     def flops_after(self) -> int:
-        """Operations of one call on fewer tokens; the reduction itself is not counted."""
+        """Operations of one call on fewer tokens, the matching of tokens among them."""
         return sum(graph.flops_after for graph in self.graphs)
 
     @property
