@@ -16,13 +16,14 @@ import torch
 from tofu_fx.errors import CalibrationError, TofuWarning
 from tofu_fx.options import Options
 from tofu_fx.planning.batches import read_batches
-from tofu_fx.planning.deciding import ATTEMPTS, PASSES, Decider, Decision, Policy, Target
+from tofu_fx.planning.deciding import ATTEMPTS, PASSES, Decider, Decision, Policy
 from tofu_fx.planning.linearity import STEPS
 from tofu_fx.planning.plan import Calibration, Plan, PlanRow
 from tofu_fx.planning.progress import Progress
 from tofu_fx.planning.rehearsal import Choice, Choices
 from tofu_fx.planning.sensitivity import candidates
 from tofu_fx.planning.survey import Survey
+from tofu_fx.planning.target import Target
 from tofu_fx.planning.timing import call_with, compile_variant, device_name, device_of, room_for_variants, time_calls
 from tofu_fx.planning.trial import Trial
 from tofu_fx.planning.uniform import rows_of
@@ -89,17 +90,14 @@ def calibrate(
         survey.run_plain()
         _announce(survey, target)
         survey.measure_sites()
-        in_seconds = survey.seconds() if target.kind in ("speedup", "error") else None
         decider = Decider(
             survey,
             target,
             policy,
-            in_seconds or survey.operations(),
-            in_seconds is not None,
+            survey.operations(),
+            survey.seconds(),
             lambda choices: _speed(survey, choices, inner_backend),
         )
-        if in_seconds is None and target.kind in ("speedup", "error"):
-            decider.notes.append("a forward pass takes as long with fewer tokens here: operations were planned instead")
         decision = decider.decide()
         rows = _rows(decider, decision)
     calibration = Calibration(

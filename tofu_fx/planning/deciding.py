@@ -14,6 +14,7 @@ from tofu_fx.planning.rehearsal import Choice, Choices
 from tofu_fx.planning.schedule import DEFAULT_RATIO, spread
 from tofu_fx.planning.sensitivity import FIRST, Curve, Kind, Predictor, Sensitivity, kinds
 from tofu_fx.planning.survey import Survey
+from tofu_fx.planning.target import Target
 from tofu_fx.planning.timing import device_of
 from tofu_fx.planning.tuning import Tuner, with_kinds
 from tofu_fx.planning.uniform import UNIFORM, uniform
@@ -32,33 +33,6 @@ ATTEMPTS = 3
 PASSES = len(PRUNED_SHARES) + 4 + 1 + len(UNIFORM) + ROUNDS
 
 
-@dataclass(frozen=True)
-class Target:
-    """What the plan is made for."""
-
-    kind: Literal["speedup", "flops", "error", "none"]
-    value: float = math.nan
-
-    @classmethod
-    def read(cls, **given: float | None) -> Target:
-        """The one target that was given.
-
-        Raises:
-            CalibrationError: two targets, or one that nothing can meet.
-        """
-        named = {name: value for name, value in given.items() if value is not None}
-        if len(named) > 1:
-            raise CalibrationError(f"give one target, not {' and '.join(named)}: each decides how many tokens go")
-        if not named:
-            return cls("none")
-        ((name, value),) = named.items()
-        low, high = {"speedup": (1.0, math.inf), "flops": (0.0, 1.0), "error": (0.0, math.inf)}[name]
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value < high:
-            expected = f"a number above {low:g}" + (f" and below {high:g}" if high < math.inf else "")
-            raise CalibrationError(f"{name}: expected {expected}, got {value!r}")
-        return cls(name, float(value))  # type: ignore[arg-type]
-
-
 @dataclass
 class Decision:
     """The plan that was chosen, with what was predicted of it and measured."""
@@ -70,13 +44,17 @@ class Decision:
 
 @dataclass
 class Decider:
-    """Plans for one survey. ``speed_of`` compiles and times choices against the plain model."""
+    """Plans for one survey.
+
+    ``operations`` and ``seconds`` are the cost models of its graphs; ``seconds`` is None where a forward pass takes as
+    long with fewer tokens. ``speed_of`` compiles and times choices against the plain model.
+    """
 
     survey: Survey
     target: Target
     policy: Policy
-    costs: list[CostModel]
-    in_seconds: bool
+    operations: list[CostModel]
+    seconds: list[CostModel] | None
     speed_of: Callable[[Choices], float]
     notes: list[str] = field(default_factory=list)
     compared: dict[str, Figures] = field(default_factory=dict)
@@ -88,7 +66,12 @@ class Decider:
         trial = self.survey.trial
         weights = dict.fromkeys((site.id for site in trial.sites), 1.0)
         predictor = Predictor(trial.sites, trial.stream_of, self._curves(best), weights)
-        self.tuner = Tuner(self.survey, self.costs, predictor, best, self._multiple())
+        timed = self.target.kind in ("speedup", "error")
+        if self.seconds is None:
+            instead = ": operations were planned instead of time" if timed else ""
+            self.notes.append(f"a forward pass takes as long with fewer tokens here{instead}")
+        costs = (self.seconds if timed else None) or self.operations
+        self.tuner = Tuner(self.survey, costs, predictor, best, self._multiple())
 
     def decide(self) -> Decision:
         """The plan for the target.
@@ -111,11 +94,12 @@ class Decider:
 
     def _decision(self, choices: Choices) -> Decision:
         tuner, metric = self.tuner, self.survey.metric
-        flops = round(tuner.flops(choices), 4)
+        flops, seconds = round(tuner.flops(choices), 4), self.seconds or ()
+        plain, reduced = (sum(model.total(plan) for model in seconds) for plan in ({}, choices))
         predicted = Figures(
             error=metric.error(sum(tuner.predictor.contributions(choices))),
             flops=flops,
-            speedup=round(tuner.cost({}) / tuner.cost(choices), 3) if self.in_seconds else None,
+            speedup=round(plain / reduced, 3) if reduced else None,
         )
         measured = Figures(
             error=metric.error(tuner.measure(choices).loss), flops=flops, speedup=round(self.speed_of(choices), 3)
