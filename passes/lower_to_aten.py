@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from tofu_fx.compilation import Compilation
 from tofu_fx.errors import Unsupported
-from tofu_fx.graphs import source_line
+from tofu_fx.graphs import is_impure, source_line
 
 
 def lower_to_aten(compilation: Compilation) -> None:
@@ -50,7 +50,7 @@ def lower_to_aten(compilation: Compilation) -> None:
     for old, new in zip(before, after, strict=True):
         _carry_over(old, new)
     compilation.model_state = frozenset(new for old, new in zip(before, after, strict=True) if _is_state(old))
-    lowered.graph.eliminate_dead_code(is_impure_node=_is_impure)
+    lowered.graph.eliminate_dead_code(is_impure_node=is_impure)
     outputs, _ = torch.utils._pytree.tree_flatten(lowered.graph.output_node().args[0])
     compilation.traced_outputs = [out.meta.get("val") if isinstance(out, Node) else out for out in outputs]
     compilation.gm = lowered
@@ -76,11 +76,3 @@ def _is_state(node: Node) -> bool:
     name = str(name() if callable(name) else name)
     held_by_module = re.search(r"\._?(modules|parameters|buffers)\b|L\['self'\]\.", name) is not None
     return held_by_module or re.search(r"_(parameters|buffers)_", str(node.target)) is not None
-
-
-def _is_impure(node: Node) -> bool:
-    """What must stay although nothing uses it: mutation, random state, grad-mode and autocast switches."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return node.is_impure()
-    return schema.is_mutable or not schema.returns or node.is_impure()

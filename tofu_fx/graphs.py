@@ -61,6 +61,14 @@ def is_alias(node: Node) -> bool:
     return name in maybe or (not schema.is_mutable and any(r.alias_info is not None for r in schema.returns))
 
 
+def is_impure(node: Node) -> bool:
+    """What must stay although nothing uses it: mutation, random state, grad-mode and autocast switches."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return node.is_impure()
+    return schema.is_mutable or not schema.returns or node.is_impure()
+
+
 def value_graph(graph: Graph) -> nx.DiGraph[Node]:
     """The dataflow of a graph as a networkx graph: an edge from each node to each of its users."""
     flow: nx.DiGraph[Node] = nx.DiGraph()

@@ -54,16 +54,61 @@ def test_inputs_that_cannot_be_used(model: nn.Module, inputs: Any, words: str) -
         ({"flops": True}, "flops: expected a number"),
         ({"error": 0}, "error: expected a number above 0, got 0"),
         ({"error": "small"}, "error: expected a number above 0, got 'small'"),
-        ({"policy": "guess"}, "policy: expected 'auto', 'sensitivity' or 'linearity', got 'guess'"),
+        ({"policy": "guess"}, "policy: expected one of 'auto', 'sensitivity', 'linearity', got 'guess'"),
+        ({"inner_backend": "inducter"}, "inner_backend: expected one of 'inductor', .*, got 'inducter'"),
+        ({"seed": None}, "seed: expected a whole number of at least 0, got None"),
+        ({"batch_size": 2.5}, "batch_size: expected a whole number of at least 1, got 2.5"),
+        ({"metric": ["kl"], "flops": 0.8}, "one of relative_l2, kl, got"),
+        ({"metric": lambda a, b: -(a - b).abs().mean(), "flops": 0.8}, "must not be negative"),
         ({"metric": "psnr", "flops": 0.8}, "one of relative_l2, kl, got 'psnr'"),
         ({"metric": lambda outputs, plain: "good", "flops": 0.8}, "must return a number or a tensor"),
         ({"metric": lambda outputs, plain: 1.0, "flops": 0.8}, "of equal outputs is 1; it must be an error"),
-        ({"batch_size": 0}, "batch_size: expected at least 1"),
+        ({"batch_size": 0}, "batch_size: expected a whole number of at least 1, got 0"),
     ],
 )
 def test_arguments_that_cannot_be_used(model: nn.Module, arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(CalibrationError, match=words):
-        tofu_fx.calibrate(model, X, **QUICK, **arguments)
+        tofu_fx.calibrate(model, X, **{**QUICK, **arguments})
+
+
+def test_what_is_no_model_is_refused() -> None:
+    with pytest.raises(CalibrationError, match="model: expected a module or a function, got str"):
+        tofu_fx.calibrate("vit", X, **QUICK)
+
+
+def test_reductions_that_give_no_numbers_give_no_plan(model: nn.Module) -> None:
+    def never(outputs: Tensor, plain: Tensor) -> Tensor:
+        return (outputs - plain).abs().mean() if torch.equal(outputs, plain) else torch.tensor(torch.nan)
+
+    for target in ({"flops": 0.8}, {"error": 0.1}):
+        with pytest.raises(CalibrationError, match=r"no numbers|cannot be met"):
+            tofu_fx.calibrate(model, X, metric=never, **QUICK, **target)
+
+
+def test_graphs_whose_sites_have_one_name_are_refused() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.mlp = nn.Linear(16, 48), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            torch._dynamo.graph_break()
+            q, k, v = self.qkv(x).chunk(3, -1)
+            x = x + nn.functional.scaled_dot_product_attention(q, k, v)
+            return x + self.mlp(x)
+
+    class Narrowing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for number, block in enumerate(self.blocks):
+                x = block(x[:, : 20 - 8 * number])
+            return x.mean(1)
+
+    with pytest.raises(CalibrationError, match="could not be told apart; find the break"):
+        tofu_fx.calibrate(Narrowing().eval(), torch.randn(2, 20, 16), **QUICK)
 
 
 def test_operations_that_cannot_be_reached_say_the_least(model: nn.Module) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import tofu_fx
-from tests.harness import compiled, randomise, relative_error, same_bits
+from tests.harness import compiled, randomise, relative_error, same_bits, tensors
 from tests.zoo import ZOO
 from tofu_fx import Plan
 from tofu_fx.planning.uniform import uniform_plans
@@ -225,10 +225,79 @@ def test_compiled_model_stands_for_the_model_inside(model: nn.Module, plan: Plan
     assert found.sites == plan.sites
 
 
-def test_many_batch_sizes_are_refused_instead_of_measuring_nothing(model: nn.Module) -> None:
-    batches = [images(n) for n in range(1, 13)]
-    with pytest.raises(tofu_fx.CalibrationError, match="too many different batch sizes"):
-        tofu_fx.calibrate(model, batches, flops=0.8, **QUICK)
+def test_more_batch_sizes_than_dynamo_would_compile_are_all_measured(model: nn.Module) -> None:
+    batches = [images(n) for n in range(1, 11)]  # its limit is 8; beyond that it would run plain, and measure nothing
+    found = tofu_fx.calibrate(model, batches, flops=0.8, metric="relative_l2", **QUICK)
+    errors = [measured_error(model, batch, found) * len(batch) for batch in batches]
+    assert found.calibration is not None
+    assert found.calibration.measured.error == pytest.approx(sum(errors) / 55, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["hf_beit", "hf_clip"])
+def test_model_that_fills_tensors_in_place_is_measured_as_compiled(name: str) -> None:
+    entry = ZOO[name]
+    model, x = entry.model(), entry.inputs(4)
+    found = tofu_fx.calibrate(model, x, flops=0.85, metric=_first_tensor, **QUICK)
+    with torch.no_grad():
+        expected = _first_tensor(compiled(model, plan=found)(x), model(x))
+    assert found.calibration is not None
+    assert found.calibration.measured.error == pytest.approx(expected, rel=1e-3)
+    explained = tofu_fx.explain(model, x, options={"plan": found})
+    assert found.calibration.measured.flops == pytest.approx(explained.flops_after / explained.flops_before, abs=1e-4)
+
+
+def _first_tensor(outputs: Any, plain: Any) -> float:
+    a, b = tensors(outputs)[0], tensors(plain)[0]
+    return float(((a - b).flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1)).mean())
+
+
+def test_operations_of_graphs_without_attention_count(model: nn.Module) -> None:
+    class Stem(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.model = nn.Sequential(nn.Conv2d(3, 64, 3, 1, 1), nn.Conv2d(64, 3, 3, 1, 1)), model
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.stem(x)
+            torch._dynamo.graph_break()
+            return self.model(y)
+
+    whole, x = Stem().eval(), images(4)
+    found = tofu_fx.calibrate(whole, x, flops=0.97, metric="relative_l2", **QUICK)
+    explained = tofu_fx.explain(whole, x, options={"plan": found})
+    assert found.calibration is not None
+    assert found.calibration.measured.flops == pytest.approx(explained.flops_after / explained.flops_before, abs=1e-4)
+    assert explained.flops_after <= 0.97 * explained.flops_before
+    for plan in uniform_plans(whole, x, [0.97]).values():
+        explained = tofu_fx.explain(whole, x, options={"plan": plan})
+        assert explained.flops_after <= 0.97 * explained.flops_before
+
+
+def test_buffers_that_the_model_changes_are_put_back() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = randomise(ENTRY.model())
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls.add_(1)  # type: ignore[operator, union-attr]
+            return self.model(x)
+
+    counting = Counting().eval()
+    tofu_fx.calibrate(counting, images(2), flops=0.8, **QUICK)
+    assert counting.calls.item() == 0  # type: ignore[operator, union-attr]
+
+
+def test_single_number_of_a_metric_counts_for_each_sample(model: nn.Module) -> None:
+    def worst(outputs: Tensor, plain: Tensor) -> float:
+        return float((outputs - plain).abs().mean())
+
+    found = tofu_fx.calibrate(model, [images(6)[:4], images(6)[4:]], flops=0.8, metric=worst, **QUICK)
+    with torch.no_grad():
+        reduced, plain = compiled(model, plan=found)(images(6)), model(images(6))
+    assert found.calibration is not None
+    assert found.calibration.measured.error == pytest.approx(worst(reduced, plain), rel=1e-3)
 
 
 def test_interrupt_leaves_nothing_half_written(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,8 +137,19 @@ def test_uniform_plans_use_what_they_may_and_no_more() -> None:
 
 def test_labels_are_left_out_and_arguments_kept() -> None:
     x, mask, labels = torch.randn(4, 6, 8), torch.ones(4, 6, dtype=torch.bool), torch.arange(4)
-    assert [len(b.args) for b in read_batches([(x, labels), [x, labels]], 16)] == [1, 1]
+    with pytest.warns(tofu_fx.TofuWarning, match="taken for labels"):
+        assert [len(b.args) for b in read_batches([(x, labels), [x, labels]], 16)] == [1, 1]
     assert [len(b.args) for b in read_batches([(x, mask)], 16)] == [2]
+    assert [len(b.args) for b in read_batches([(x, torch.rand(4))], 16)] == [2]  # timesteps are no labels
+
+    def timed(x: Tensor, t: Tensor) -> Tensor:
+        return x
+
+    def plain(x: Tensor) -> Tensor:
+        return x
+
+    assert [len(b.args) for b in read_batches([(x, labels)], 16, timed)] == [2]  # it asks for them
+    assert [len(b.args) for b in read_batches([(x, torch.rand(4))], 16, plain)] == [1]  # it has no place for them
     assert [len(b.args) for b in read_batches((x, labels), 16)] == [2]  # a tuple is a call's arguments as they stand
     (batch,) = read_batches([{"x": x, "labels": labels}], 16)
     assert list(batch.kwargs) == ["x"]

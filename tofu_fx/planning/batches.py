@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import inspect
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tofu_fx.errors import CalibrationError
+from tofu_fx.errors import CalibrationError, TofuWarning
 
 _FORMS = (
     "a tensor, a tuple of positional arguments, a dict of keyword arguments, or an iterable of these (a DataLoader)"
@@ -54,11 +56,12 @@ class Batch:
         ]
 
 
-def read_batches(inputs: Any, batch_size: int, device: torch.device | None = None) -> list[Batch]:
+def read_batches(inputs: Any, batch_size: int, model: Any = None) -> list[Batch]:
     """The inputs as batches of at most ``batch_size`` samples, on the model's device.
 
     A tensor, tuple or dict is one call's arguments; anything else is gone through once, and each item is a batch. An
-    item that is a list or tuple loses its labels: the 1-dim tensors behind the first, of one number for each sample.
+    item that is a list or tuple loses its labels: what the model's ``forward`` has no parameter for, and one whole
+    number for each sample that it does not ask for (that it has a default for); the latter is said aloud.
 
     Raises:
         CalibrationError: no batches, a batch that is no tensor, tuple or dict, or batches of different shapes.
@@ -70,9 +73,11 @@ def read_batches(inputs: Any, batch_size: int, device: torch.device | None = Non
         items, unlabelled = inputs, False
     else:
         raise CalibrationError(f"inputs: expected {_FORMS}, got {type(inputs).__name__}")
+    device = device_of(model) if isinstance(model, torch.nn.Module) else None
+    parameters = _parameters(model)
     batches: list[Batch] = []
     for number, item in enumerate(items):
-        batch = _read(item, number, unlabelled)
+        batch = _read(item, number, unlabelled, parameters)
         if batches and batch.shapes() != batches[0].shapes():
             raise CalibrationError(
                 f"inputs: batch {number} has shapes {batch.shapes()} (without the batch's own dim), batch 0 has "
@@ -85,32 +90,65 @@ def read_batches(inputs: Any, batch_size: int, device: torch.device | None = Non
     return batches
 
 
-def _read(item: Any, number: int, unlabelled: bool) -> Batch:
+def device_of(model: Any, batches: Sequence[Batch] = ()) -> torch.device:
+    """Where a model computes: the device of its first parameter, else of its first input."""
+    tensors = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
+    inputs = (tensor for batch in batches for tensor in batch.tensors)
+    return next((tensor.device for tensor in (*tensors, *inputs)), torch.device("cpu"))
+
+
+def _read(item: Any, number: int, unlabelled: bool, parameters: Sequence[inspect.Parameter] | None) -> Batch:
     if isinstance(item, Tensor):
         batch = Batch((item,))
     elif isinstance(item, Mapping):
         batch = Batch((), {key: value for key, value in item.items() if unlabelled or key not in _LABELS})
     elif isinstance(item, (list, tuple)):
         args = tuple(item)
-        while not unlabelled and len(args) > 1 and _is_label(args[-1], args[0]):
+        while not unlabelled and len(args) > 1 and _is_label(args, parameters, number):
             args = args[:-1]
         batch = Batch(args)
     else:
         raise CalibrationError(f"inputs: batch {number} is a {type(item).__name__}; expected {_FORMS}")
-    if any(isinstance(value, (list, tuple)) for value in batch.args):
+    nested = [value for value in (*batch.args, *batch.kwargs.values()) if isinstance(value, (list, tuple))]
+    if nested:
         raise CalibrationError(
-            f"inputs: batch {number} holds a {type(batch.args[0]).__name__} where a tensor is expected: each item must "
-            "be one batch, not a list of batches"
+            f"inputs: batch {number} holds a {type(nested[0]).__name__} where a tensor is expected: each item must be "
+            "one batch, not a list of batches"
         )
     if not any(tensor.dim() and tensor.shape[0] for tensor in batch.tensors):
         raise CalibrationError(f"inputs: batch {number} holds no tensor with samples in its dim 0; expected {_FORMS}")
     return batch
 
 
-def _is_label(value: Any, first: Any) -> bool:
-    if not isinstance(value, Tensor):
-        return isinstance(value, (int, float, str))
-    return isinstance(first, Tensor) and first.dim() > 1 and value.dim() == 1 and value.shape[0] == first.shape[0]
+def _parameters(model: Any) -> list[inspect.Parameter] | None:
+    """What the model takes by position; None where that cannot be known, or is any number."""
+    try:
+        found = list(inspect.signature(getattr(model, "forward", model)).parameters.values())
+    except (TypeError, ValueError):
+        return None
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in found):
+        return None
+    return [p for p in found if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+
+
+def _is_label(args: Sequence[Any], parameters: Sequence[inspect.Parameter] | None, number: int) -> bool:
+    first, last = args[0], args[-1]
+    if parameters is not None and len(args) > len(parameters):
+        return True
+    if not isinstance(last, Tensor):
+        return isinstance(last, (int, str))
+    whole = not last.is_floating_point() and last.dim() == 1 and isinstance(first, Tensor) and first.dim() > 1
+    asked_for = parameters is not None and parameters[len(args) - 1].default is inspect.Parameter.empty
+    if not whole or last.shape[0] != first.shape[0] or asked_for:
+        return False
+    if number == 0:
+        warnings.warn(
+            f"tofu_fx: item {len(args) - 1} of each batch (one whole number for each sample) is taken for labels and "
+            "left out; pass dicts of keyword arguments if the model needs it",
+            TofuWarning,
+            stacklevel=4,
+        )
+    return True
 
 
 def _check_finite(batch: Batch, number: int) -> None:

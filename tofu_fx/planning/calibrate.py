@@ -9,13 +9,13 @@ import warnings
 from collections.abc import Mapping
 from functools import partial
 from importlib import metadata
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from tofu_fx.errors import CalibrationError, TofuWarning
 from tofu_fx.options import Options
-from tofu_fx.planning.batches import read_batches
+from tofu_fx.planning.batches import device_of, read_batches
 from tofu_fx.planning.deciding import ATTEMPTS, PASSES, Decider, Decision, Policy
 from tofu_fx.planning.linearity import STEPS
 from tofu_fx.planning.plan import Calibration, Plan, PlanRow
@@ -24,9 +24,11 @@ from tofu_fx.planning.rehearsal import Choice, Choices
 from tofu_fx.planning.sensitivity import candidates
 from tofu_fx.planning.survey import Survey
 from tofu_fx.planning.target import Target
-from tofu_fx.planning.timing import call_with, compile_variant, device_name, device_of, room_for_variants, time_calls
+from tofu_fx.planning.timing import call_with, compile_variant, device_name, room_for_variants, time_calls
 from tofu_fx.planning.trial import Trial
 from tofu_fx.planning.uniform import rows_of
+
+InnerBackend = Literal["inductor", "aot_eager", "eager"]
 
 
 def calibrate(
@@ -40,7 +42,7 @@ def calibrate(
     policy: Policy = "auto",
     seed: int = 0,
     batch_size: int = 16,
-    inner_backend: Literal["inductor", "aot_eager", "eager"] = "inductor",
+    inner_backend: InnerBackend = "inductor",
     progress: bool = True,
 ) -> Plan:
     """Measure a model on a few inputs and plan which of its layers lose how many tokens, and how.
@@ -73,11 +75,16 @@ def calibrate(
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile returned stands for the model inside
     target = Target.read(speedup=speedup, flops=flops, error=error)
-    if policy not in ("auto", "sensitivity", "linearity"):
-        raise CalibrationError(f"policy: expected 'auto', 'sensitivity' or 'linearity', got {policy!r}")
-    if batch_size < 1:
-        raise CalibrationError(f"batch_size: expected at least 1, got {batch_size}")
-    batches = read_batches(inputs, batch_size, device_of(model) if isinstance(model, torch.nn.Module) else None)
+    if not callable(model):
+        raise CalibrationError(f"model: expected a module or a function, got {type(model).__name__}")
+    for name, value, known in (("policy", policy, Policy), ("inner_backend", inner_backend, InnerBackend)):
+        if value not in get_args(known):
+            expected = ", ".join(map(repr, get_args(known)))
+            raise CalibrationError(f"{name}: expected one of {expected}, got {value!r}")
+    for name, number, least in (("batch_size", batch_size, 1), ("seed", seed, 0)):
+        if type(number) is not int or number < least:
+            raise CalibrationError(f"{name}: expected a whole number of at least {least}, got {number!r}")
+    batches = read_batches(inputs, batch_size, model)
     if getattr(model, "training", False):
         warnings.warn(
             "tofu_fx: the model is in training mode; it is calibrated in eval mode and left in training mode",

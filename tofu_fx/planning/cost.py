@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -88,6 +88,8 @@ class CostModel:
     per_byte: float = 0.0
     per_reduction: float = 0.0
     constant: float = 0.0
+    #: operations of graphs that have no model of their own
+    beside: int = 0
 
     @classmethod
     def of(cls, rehearsal: Rehearsal) -> CostModel:
@@ -97,7 +99,7 @@ class CostModel:
     @property
     def fixed(self) -> float:
         """What no plan changes."""
-        return self.constant + self.per_flop * self.flops.fixed + self.per_byte * self.bytes.fixed
+        return self.constant + self.per_flop * (self.beside + self.flops.fixed) + self.per_byte * self.bytes.fixed
 
     def features(self, choices: Choices) -> list[float]:
         """What the weights are of, for one plan: operations, bytes, reductions, one."""
@@ -107,7 +109,8 @@ class CostModel:
             if choice is not None and choice.r:
                 matching += self._matching(place, choice.match, count + choice.r)
                 reductions += 1
-        return [self.flops.total(counts) + matching, self.bytes.total(counts), float(reductions), 1.0]
+        flops = self.beside + self.flops.total(counts) + matching
+        return [flops, self.bytes.total(counts), float(reductions), 1.0]
 
     def operations(self, choices: Choices) -> float:
         """The operations of a plan."""
@@ -130,6 +133,12 @@ class CostModel:
         entry = self.rehearsal.sites[place]
         batch, _, features = entry.metrics[match].meta["val"].shape
         return float(matching_flops(batch, free_tokens(entry.site, arriving), features))
+
+
+def count_operations(rehearsals: Sequence[Rehearsal], beside: int) -> list[CostModel]:
+    """A cost model of each graph that counts operations, ``beside`` those of the graphs without sites."""
+    first, *others = (CostModel.of(rehearsal) for rehearsal in rehearsals)
+    return [replace(first, beside=beside), *others]
 
 
 def share_of_operations(models: Sequence[CostModel], choices: Choices) -> float:

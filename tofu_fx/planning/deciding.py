@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from tofu_fx.errors import CalibrationError
+from tofu_fx.planning.batches import device_of
 from tofu_fx.planning.cost import CostModel
 from tofu_fx.planning.plan import Figures
 from tofu_fx.planning.rehearsal import Choice, Choices
@@ -15,7 +16,6 @@ from tofu_fx.planning.schedule import DEFAULT_RATIO, spread
 from tofu_fx.planning.sensitivity import FIRST, Curve, Kind, Predictor, Sensitivity, kinds
 from tofu_fx.planning.survey import Survey
 from tofu_fx.planning.target import Target
-from tofu_fx.planning.timing import device_of
 from tofu_fx.planning.tuning import Tuner, with_kinds
 from tofu_fx.planning.uniform import UNIFORM, uniform
 
@@ -97,7 +97,7 @@ class Decider:
         flops, seconds = round(tuner.flops(choices), 4), self.seconds or ()
         plain, reduced = (sum(model.total(plan) for model in seconds) for plan in ({}, choices))
         predicted = Figures(
-            error=metric.error(sum(tuner.predictor.contributions(choices))),
+            error=_finite(metric.error(sum(tuner.predictor.contributions(choices)))),
             flops=flops,
             speedup=round(plain / reduced, 3) if reduced else None,
         )
@@ -169,7 +169,7 @@ class Decider:
         fitting = [found for found in tuner.measured.values() if found.choices and found.loss <= limit]
         if not fitting:
             tried = [loss for found in self.survey.sensitivity.values() for loss in found.measured.values()]
-            tried += [found.loss for found in tuner.measured.values()]
+            tried += [found.loss for found in tuner.measured.values() if found.choices]
             raise CalibrationError(
                 f"error={self.target.value:g} ({metric.name}) cannot be met: the least error of all reductions that "
                 f"were tried is {metric.error(min(tried)):.3g}"
@@ -195,13 +195,17 @@ class Decider:
         schedules = {name: uniform(tuner.trial, tuner.cost, budget, kind_of) for name, kind_of in UNIFORM.items()}
         compared = {name: tuner.measure(choices) for name, choices in schedules.items() if choices is not None}
         self.compared = {
-            name: Figures(error=metric.error(found.loss), flops=round(tuner.flops(found.choices), 4))
+            name: Figures(error=_finite(metric.error(found.loss)), flops=round(tuner.flops(found.choices), 4))
             for name, found in compared.items()
         }
         tuner.refit()
         tuner.refine(budget, ROUNDS)
         best = tuner.best(budget)
-        return best.choices if best is not None else None
+        if best is None:
+            raise CalibrationError(
+                "every plan that was tried gave outputs (or errors) that are no numbers, although the plain model's are"
+            )
+        return best.choices
 
     def _multiple(self) -> int:
         """Token counts that this device's kernels like; any where there are few tokens."""
@@ -279,3 +283,8 @@ class Decider:
             return said
         side = "below" if choice.strategy == "prune" else "not below"
         return f"linearity {score.mean:.3f} is {side} {self.threshold:.3f}; {said}"
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity: what is no number is not known."""
+    return value if math.isfinite(value) else None

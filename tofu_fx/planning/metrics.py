@@ -35,6 +35,8 @@ class OutputError:
     def loss(self, errors: Sequence[float]) -> float:
         """The mean of some samples' errors, in the power that adds up; infinite where it is not a number."""
         mean = sum(errors) / len(errors)
+        if mean < -1e-9:
+            raise CalibrationError(f"metric: {self.name} returned {mean:.3g}; an error must not be negative")
         return float(max(mean, 0.0) ** self.power) if math.isfinite(mean) else math.inf
 
     def error(self, loss: float) -> float:
@@ -60,6 +62,8 @@ def relative_l2(outputs: Any, plain: Any) -> Tensor:
 
 def kl_divergence(outputs: Any, plain: Any) -> Tensor:
     """KL(plain || outputs) in nats of class scores ``[B, classes]`` (before the softmax): ``[B]``."""
+    if len(_tensors(plain)) != 1:
+        raise CalibrationError(f"metric: 'kl' needs one floating-point output, the model has {len(_tensors(plain))}")
     (a,), (b,) = _tensors(outputs), _tensors(plain)
     a, b = a.double().log_softmax(-1), b.double().log_softmax(-1)
     return (b.exp() * (b - a)).sum(-1).clamp_min(0)
@@ -83,7 +87,7 @@ def choose_metric(metric: Any, plain: Any, graph: Graph | None) -> OutputError:
     if callable(metric):
         return OutputError(getattr(metric, "__name__", "user's function"), _checked(metric))
     if metric is not None:
-        if metric not in METRICS:
+        if not isinstance(metric, str) or metric not in METRICS:
             raise CalibrationError(
                 f"metric: expected a function of (outputs, plain outputs) or one of {', '.join(METRICS)}, "
                 f"got {metric!r}"

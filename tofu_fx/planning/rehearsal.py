@@ -13,6 +13,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -87,13 +88,17 @@ class Rehearsal:
 
     @property
     def resumable(self) -> bool:
-        """Whether a run may start from another's values: no op of the graph changes a tensor in place."""
-        schemas = (getattr(node.target, "_schema", None) for node in self.gm.graph.nodes)
-        return not any(schema is not None and schema.is_mutable for schema in schemas)
+        """Whether a run may start from another's values: nothing in the graph has an effect beside its result."""
+        return not self.effects
+
+    @cached_property
+    def effects(self) -> tuple[Node, ...]:
+        """The nodes that must run although nothing may read them: what changes a tensor in place, or a mode."""
+        return tuple(node for node in self.gm.graph.nodes if node.op == "call_function" and _has_effect(node))
 
     def needed(self) -> list[Node]:
         """The nodes that the outputs need when tokens go at every site, in graph order."""
-        reached, todo = set[Node](), [self.gm.graph.output_node()]
+        reached, todo = set[Node](), [self.gm.graph.output_node(), *self.effects]
         while todo:
             node = todo.pop()
             if node not in reached:
@@ -143,6 +148,11 @@ class Snapshot:
     values: dict[Node, Any]
 
 
+def _has_effect(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.is_impure() if schema is None else schema.is_mutable or not schema.returns
+
+
 class _Run:
     """One interpretation of a rehearsal's graph."""
 
@@ -187,7 +197,7 @@ class _Run:
 
     def _needed(self, targets: Sequence[Node]) -> set[Node]:
         needed: set[Node] = set()
-        todo = list(targets)
+        todo = [*targets, *self.rehearsal.effects]
         while todo:
             node = todo.pop()
             if node not in needed:

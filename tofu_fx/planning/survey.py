@@ -12,15 +12,15 @@ from typing import Any
 import torch
 
 from tofu_fx.errors import CalibrationError
-from tofu_fx.planning.batches import Batch
-from tofu_fx.planning.cost import CostModel, fit_weights
+from tofu_fx.planning.batches import Batch, device_of
+from tofu_fx.planning.cost import CostModel, count_operations, fit_weights
 from tofu_fx.planning.linearity import site_linearity, spread
 from tofu_fx.planning.metrics import METRICS, OutputError, choose_metric
 from tofu_fx.planning.plan import Spread
 from tofu_fx.planning.progress import Progress
 from tofu_fx.planning.rehearsal import Choice, Choices
 from tofu_fx.planning.sensitivity import FIRST, Sensitivity, candidates
-from tofu_fx.planning.timing import device_of, time_calls
+from tofu_fx.planning.timing import time_calls
 from tofu_fx.planning.trial import Trial
 
 #: of the inputs, about as many are used to measure single sites; whole plans are measured on all
@@ -92,6 +92,11 @@ class Survey:
         """The samples of some batches."""
         return sum(self.batches[number].samples for number in numbers)
 
+    def errors(self, outputs: Any, number: int) -> list[float]:
+        """The errors of a batch's outputs, one for each sample (a metric's single number counts for each)."""
+        found = self.metric(outputs, self.plain[number]).tolist()
+        return found if len(found) > 1 else found * self.batches[number].samples
+
     def score(self, name: str) -> Spread | None:
         """A site's linearity: between samples where there are several, else between tokens."""
         between, pairs = self.linearity[name]
@@ -107,14 +112,14 @@ class Survey:
         self.bar.phase("single sites", len(self.few) * sum(1 + len(candidates(entry)) for entry in entries))
         for number in self.few:
             batch, plain = self.batches[number], self.plain[number]
-            self._check_repeatable(self.trial.record(batch), plain)
+            self._check_untouched(batch, plain)
             for entry in entries:
                 found = self._linearity(entry.site.id)
                 scores[entry.site.id].extend([found] if found is not None else [])
                 self.bar.advance(1)
                 for choice in candidates(entry):
                     outputs = self.trial.reduced(batch, {entry.site.id: choice})
-                    errors.setdefault((entry.site.id, choice), []).extend(self.metric(outputs, plain).tolist())
+                    errors.setdefault((entry.site.id, choice), []).extend(self.errors(outputs, number))
                     self.passes += batch.samples / self.samples
                     self.bar.advance(1)
         self.trial.forget()
@@ -134,22 +139,25 @@ class Survey:
         scores = site_linearity(rehearsal, entry, inputs, start, torch.tensor(partners, device=x.device))
         return None if scores is None else (scores[0].cpu(), scores[1].cpu())
 
-    def _check_repeatable(self, outputs: Any, plain: Any) -> None:
-        error = float(METRICS["relative_l2"](outputs, plain).mean())
-        # An attention with an empty mask may take another kernel: half precision then differs by some of its steps.
+    def _check_untouched(self, batch: Batch, plain: Any) -> None:
+        """Run a batch with no token removed: what does not give the plain outputs cannot be measured."""
+        error = float(METRICS["relative_l2"](self.trial.record(batch), plain).mean())
+        # An attention with an empty mask may take another kernel, which rounds otherwise.
         leaves = torch.utils._pytree.tree_leaves(plain)
         steps = [torch.finfo(v.dtype).eps for v in leaves if isinstance(v, torch.Tensor) and v.is_floating_point()]
-        if not error <= max(0.01, 20 * max(steps)):
-            raise CalibrationError(
-                f"two calls of the model with the same inputs differ by {error:.3g} (relative_l2) although nothing was "
-                "reduced: a model that is random in eval mode cannot be calibrated"
-            )
+        if error <= max(1e-4, 20 * max(steps)):
+            return
+        again = float(METRICS["relative_l2"](self.trial.plain(batch), plain).mean())
+        said = f"with no token removed the outputs differ by {error:.3g} (relative_l2) from the plain model's"
+        if not again <= error / 10:
+            raise CalibrationError(f"{said}, and so do its own from one call to the next: it is random in eval mode")
+        raise CalibrationError(f"{said}: the model does something that calibration misses; please report it")
 
     # ---- costs -------------------------------------------------------------------------------------------------------
 
     def operations(self) -> list[CostModel]:
         """A cost model of each graph that counts operations."""
-        return [CostModel.of(rehearsal) for rehearsal in self.trial.rehearsals]
+        return count_operations(self.trial.rehearsals, self.trial.beside)
 
     def seconds(self) -> list[CostModel] | None:
         """A cost model of each graph in seconds of this device; None where its time does not hang on the tokens."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 from tofu_fx.errors import CalibrationError
@@ -30,7 +31,7 @@ class Target:
             return cls("none")
         ((name, value),) = named.items()
         low, high = {"speedup": (1.0, math.inf), "flops": (0.0, 1.0), "error": (0.0, math.inf)}[name]
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value < high:
+        if isinstance(value, bool) or not isinstance(value, Real) or not low < value < high:
             expected = f"a number above {low:g}" + (f" and below {high:g}" if high < math.inf else "")
             raise CalibrationError(f"{name}: expected {expected}, got {value!r}")
-        return cls(name, float(value))  # type: ignore[arg-type]
+        return cls(name, float(value))

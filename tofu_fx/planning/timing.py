@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -69,13 +69,6 @@ def call_with(compiled: Any, batch: Batch) -> Any:
         return compiled(*batch.args, **batch.kwargs)
     except torch._dynamo.exc.BackendCompilerFailed as error:
         raise (error.inner_exception or error) from None
-
-
-def device_of(model: Any, batches: Sequence[Batch] = ()) -> torch.device:
-    """Where a model computes: the device of its first parameter, else of its first input."""
-    tensors = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
-    inputs = (tensor for batch in batches for tensor in batch.tensors)
-    return next((tensor.device for tensor in (*tensors, *inputs)), torch.device("cpu"))
 
 
 def device_name(device: torch.device) -> str:

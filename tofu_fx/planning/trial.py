@@ -18,8 +18,10 @@ from torch.fx import Graph, GraphModule
 from tofu_fx.errors import CalibrationError, PassError, Unsupported
 from tofu_fx.options import Options
 from tofu_fx.planning.batches import Batch
+from tofu_fx.planning.flops import count_flops
 from tofu_fx.planning.rehearsal import Choices, Rehearsal, Snapshot
 from tofu_fx.planning.site import Rehearsed, Site
+from tofu_fx.planning.timing import room_for_variants
 
 
 @dataclass
@@ -48,11 +50,14 @@ class Trial(AbstractContextManager["Trial"]):
     declined: list[str] = field(default_factory=list)
     #: the last graph of the model, as traced
     last_graph: Graph | None = None
+    #: operations of one call in the graphs that have no site
+    beside: int = 0
     _record: list[Recorded] = field(default_factory=list)
     _recorded: Batch | None = None
     _recording: bool = False
     _choices: Choices | None = None
     _calls: int = 0
+    _ran: bool = False
 
     def __enter__(self) -> Trial:
         """Take the model in hand."""
@@ -60,9 +65,17 @@ class Trial(AbstractContextManager["Trial"]):
         self._modes = [(module, module.training) for module in modules]
         for module in modules:
             module.training = False
+        self._buffers = [
+            (module, name, buffer, buffer.clone(), buffer._version)
+            for module in modules
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
         self._grad = torch.is_grad_enabled()
         torch.set_grad_enabled(False)
         torch._dynamo.reset()
+        self._room = room_for_variants()
+        self._room.__enter__()
         self._call: Callable[..., Any] = torch.compile(self.model, backend=self._backend, dynamic=False)
         return self
 
@@ -72,6 +85,11 @@ class Trial(AbstractContextManager["Trial"]):
         """Leave the model as it was found."""
         for module, training in self._modes:
             module.training = training
+        for module, name, buffer, value, version in self._buffers:
+            if buffer._version != version:
+                buffer.copy_(value)
+            module._buffers[name] = buffer
+        self._room.__exit__(None, None, None)
         torch.set_grad_enabled(self._grad)
         self.forget()
         torch._dynamo.reset()
@@ -157,8 +175,10 @@ class Trial(AbstractContextManager["Trial"]):
         if self._choices is not None and not self._calls:
             # Beyond its limit of compiled versions Dynamo runs the model as it is: that would measure nothing.
             raise CalibrationError(
-                "the inputs have too many different batch sizes for Dynamo; calibrate with batches of one size"
+                "Dynamo ran the model without its graphs, so that nothing would be measured; calibrate with batches of "
+                "one size"
             )
+        self._ran = True
         return outputs
 
     def _backend(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -178,16 +198,17 @@ class Trial(AbstractContextManager["Trial"]):
 
     def _note(self, rehearsal: Rehearsal) -> None:
         sites = [entry.site for entry in rehearsal.sites]
-        known = {site.id: site for site in self.sites}
-        new = [site for site in sites if site.id not in known]
-        for site in sites:
-            old = known.get(site.id)
-            if old is not None and old.tokens != site.tokens:
-                raise CalibrationError(
-                    f"the inputs change their shape: {site.id} has {old.tokens} tokens in one batch and {site.tokens} "
-                    "in another; calibrate with inputs of one size"
-                )
-        if new:
+        if not sites and not self._ran:
+            before = rehearsal.compilation.before
+            self.beside += count_flops(before.graph) if before is not None else 0
+        known = {site.id for site in self.sites}
+        again = [site.id for site in sites if site.id in known]
+        if again and not self._ran:  # later it is the same graph for another batch size
+            raise CalibrationError(
+                f"several graphs of the model have a site {again[0]!r} (a graph break in a loop over its blocks?): the "
+                "rows of a plan could not be told apart; find the break with TORCH_LOGS=graph_breaks, and remove it"
+            )
+        if sites and not again:
             number = len(self.rehearsals)
             planned = [site for site in rehearsal.compilation.sites if site.planned]
             self.graph_of.update((site.id, number) for site in planned)

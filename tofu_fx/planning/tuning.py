@@ -62,7 +62,7 @@ class Tuner:
         survey, errors = self.survey, list[float]()
         for number in numbers:
             outputs = self.trial.reduced(survey.batches[number], choices)
-            errors.extend(survey.metric(outputs, survey.plain[number]).tolist())
+            errors.extend(survey.errors(outputs, number))
         survey.passes += survey.samples_of(numbers) / survey.samples
         survey.bar.advance(1)
         return survey.metric.loss(errors)
@@ -136,7 +136,9 @@ class Tuner:
         place = [entry.site.id for entry in rehearsal.sites].index(site.id)
 
         def loss(arriving: int, gone: Any) -> Any:
-            return self.predictor.contribution(site, arriving, gone) + penalty * (numpy.asarray(gone) > 0)
+            return self.predictor.contribution(site, arriving, gone) + numpy.where(
+                numpy.asarray(gone) > 0, penalty, 0.0
+            )
 
         return Stage(
             lambda counts: model.segment(place, counts), loss, site.cap, lambda n: model.reduction(place, match, n)
@@ -166,7 +168,8 @@ class Tuner:
 
     def best(self, budget: float) -> Candidate | None:
         """The measured plan of least loss within a cost."""
-        fitting = [c for c in self.measured.values() if self.cost(c.choices) <= budget * (1 + 1e-9)]
+        finite = [candidate for candidate in self.measured.values() if math.isfinite(candidate.loss)]
+        fitting = [candidate for candidate in finite if self.cost(candidate.choices) <= budget * (1 + 1e-9)]
         return min(fitting, key=lambda candidate: candidate.loss, default=None)
 
     def _pushed(self, by: float) -> Tuner:

@@ -7,15 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
-
 from tofu_fx.options import Options
 from tofu_fx.planning.batches import read_batches
-from tofu_fx.planning.cost import CostModel, share_of_operations
+from tofu_fx.planning.cost import count_operations, share_of_operations
 from tofu_fx.planning.plan import Plan, PlanRow
 from tofu_fx.planning.rehearsal import Choice, Choices
 from tofu_fx.planning.sensitivity import FIRST, Kind
-from tofu_fx.planning.timing import device_of
 from tofu_fx.planning.trial import Trial
 
 #: name -> the kind of reduction for a site's depth among so many layers
@@ -39,13 +36,12 @@ def uniform_plans(model: Any, inputs: Any, flops: Sequence[float]) -> dict[tuple
     Raises:
         CalibrationError: inputs or a model that cannot be used.
     """
-    device = device_of(model) if isinstance(model, torch.nn.Module) else None
-    batch = read_batches(inputs, 16, device)[0]
+    batch = read_batches(inputs, 16, model)[0]
     found = {}
     with Trial(model, Options()) as trial:
         trial.plain(batch)
         trial.require_sites()
-        models = [CostModel.of(rehearsal) for rehearsal in trial.rehearsals]
+        models = count_operations(trial.rehearsals, trial.beside)
         share = partial(share_of_operations, models)
         for budget in flops:
             for name, kind_of in UNIFORM.items():

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from tofu_fx.errors import CalibrationError, TofuError
 from tofu_fx.options import Options
-from tofu_fx.planning.batches import Batch, read_batches
+from tofu_fx.planning.batches import Batch, device_of, read_batches
 from tofu_fx.planning.calibrate import Target, calibrate
 from tofu_fx.planning.metrics import OutputError, choose_metric
 from tofu_fx.planning.plan import Plan
 from tofu_fx.planning.progress import Progress
-from tofu_fx.planning.timing import call_with, compile_variant, device_name, device_of, room_for_variants, time_calls
+from tofu_fx.planning.timing import call_with, compile_variant, device_name, room_for_variants, time_calls
 from tofu_fx.planning.trial import Trial
 from tofu_fx.planning.uniform import UNIFORM, uniform_plans
 from tofu_fx.report.explain import share_of_flops
@@ -201,7 +201,7 @@ def sweep(
     # An iterator can be gone through once, and the inputs are needed several times.
     once = isinstance(inputs, Iterable) and not isinstance(inputs, (Tensor, tuple, Mapping, str, bytes))
     items = list(inputs) if once else inputs
-    batches = read_batches(items, batch_size, device_of(model) if isinstance(model, torch.nn.Module) else None)
+    batches = read_batches(items, batch_size, model)
     batches = [batch for batch in batches if batch.samples == batches[0].samples]
     with Trial(model, Options()) as trial:
         found = None if evaluate else choose_metric(metric, trial.plain(batches[0]), trial.last_graph)
