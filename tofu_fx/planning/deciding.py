@@ -16,7 +16,7 @@ from tofu_fx.planning.schedule import DEFAULT_RATIO, spread
 from tofu_fx.planning.sensitivity import FIRST, Curve, Kind, Predictor, Sensitivity, kinds
 from tofu_fx.planning.survey import Survey
 from tofu_fx.planning.target import Target
-from tofu_fx.planning.tuning import Tuner, with_kinds
+from tofu_fx.planning.tuning import Tuner
 from tofu_fx.planning.uniform import UNIFORM, uniform
 
 Policy = Literal["auto", "sensitivity", "linearity"]
@@ -152,7 +152,7 @@ class Decider:
         self.survey.bar.phase("plans", PASSES)
         wanted = tuner.within_loss(limit)
         if wanted:
-            self._choose_kinds(wanted)
+            self._choose_kinds(tuner.cost(wanted))
         # Between a plan that is too coarse and one that is fine, the corrected prediction or else the middle is next.
         coarse, fine = tuner.cheapest(), tuner.cost({})
         for _ in range(ROUNDS):
@@ -186,12 +186,13 @@ class Decider:
         """The best plan found within a cost; None where there is none. Others are measured beside it."""
         tuner, metric = self.tuner, self.survey.metric
         self.survey.bar.phase("plans", PASSES)
-        first = tuner.within_cost(budget)
-        if first is None:
+        if tuner.within_cost(budget) is None:
             return None
         if self.threshold is None:
-            self._choose_kinds(first)
-        tuner.measure(with_kinds(first, tuner.kinds))
+            self._choose_kinds(budget)
+        first = tuner.within_cost(budget)
+        if first is not None:
+            tuner.measure(first)
         schedules = {name: uniform(tuner.trial, tuner.cost, budget, kind_of) for name, kind_of in UNIFORM.items()}
         compared = {name: tuner.measure(choices) for name, choices in schedules.items() if choices is not None}
         self.compared = {
@@ -216,29 +217,37 @@ class Decider:
 
     # ---- prune or merge --------------------------------------------------------------------------------------------
 
-    def _choose_kinds(self, plan: Choices) -> None:
-        """Give each site its kind: by sensitivity, one everywhere, or by linearity with the best threshold."""
+    def _choose_kinds(self, budget: float) -> None:
+        """Give each site its kind: by sensitivity, one everywhere, or by linearity with the best threshold.
+
+        Each way to choose has a plan of its own within the budget: kinds differ in what their matching costs.
+        """
         survey, tuner = self.survey, self.tuner
         entries = survey.trial.rehearsed()
         ways = [tuner.kinds]
         ways += [dict.fromkeys(survey.sensitivity, kind) for kind in kinds(entries[0])[:-1]]
         ways = [way for way in ways if all(way[entry.site.id] in kinds(entry) for entry in entries)]
         by_linearity = [self._by_linearity(share) for share in PRUNED_SHARES]
-        losses = [tuner.loss(with_kinds(plan, way), survey.few) for way in ways]
-        linear = [tuner.loss(with_kinds(plan, way), survey.few) for way, _ in by_linearity]
+        losses = [self._loss_of(way, budget) for way in ways]
+        linear = [self._loss_of(way, budget) for way, _ in by_linearity]
         place, linear_place = losses.index(min(losses)), linear.index(min(linear))
         self.threshold = by_linearity[linear_place][1]
         better = linear[linear_place] < losses[place]
         self.notes.append(
             f"prune or merge by linearity (threshold {self.threshold:.3f}): error "
             f"{survey.metric.error(linear[linear_place]):.4g}, by measured sensitivity "
-            f"{survey.metric.error(losses[place]):.4g}, of the same numbers of tokens on "
-            f"{survey.samples_of(survey.few)} samples"
+            f"{survey.metric.error(losses[place]):.4g}, at the same cost, on {survey.samples_of(survey.few)} samples"
         )
         linearity = self.policy == "linearity" or (self.policy == "auto" and better)
         self.chosen_by = "linearity" if linearity else "sensitivity"
         tuner.kinds = by_linearity[linear_place][0] if linearity else ways[place]
         tuner.predictor = replace(tuner.predictor, curves=self._curves(tuner.kinds))
+
+    def _loss_of(self, way: dict[str, Kind], budget: float) -> float:
+        """The loss of the plan that is the best with these kinds, on the samples of the survey."""
+        predictor = replace(self.tuner.predictor, curves=self._curves(way))
+        plan = replace(self.tuner, kinds=way, predictor=predictor).within_cost(budget)
+        return math.inf if plan is None else self.tuner.loss(plan, self.survey.few)
 
     def _by_linearity(self, pruned: float) -> tuple[dict[str, Kind], float]:
         """Prune at the share of the sites whose linearity is lowest, merge at the others; and the threshold."""

@@ -6,7 +6,7 @@ Works in the power of the error in which the sites' errors add up (`OutputError.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -175,8 +175,3 @@ class Tuner:
     def _pushed(self, by: float) -> Tuner:
         weights = {name: w * math.exp(self.survey.random.gauss(0, by)) for name, w in self.predictor.weights.items()}
         return replace(self, predictor=replace(self.predictor, weights=weights))
-
-
-def with_kinds(choices: Choices, kinds: Mapping[str, Kind]) -> dict[str, Choice]:
-    """The same tokens in other kinds."""
-    return {name: Choice(*kinds[name], choice.r) for name, choice in choices.items()}
