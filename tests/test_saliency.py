@@ -172,7 +172,7 @@ def test_picture_and_table_are_made(tmp_path: Path) -> None:
 
 
 def _row(name: str) -> dict[str, Any]:
-    return {"id": name, "module_path": name, "tokens": 257, "heads": 6, "strategy": "mean", "r": 12}
+    return {"id": name, "module_path": name, "tokens": 257, "heads": 6, "dim": 384, "strategy": "mean", "r": 12}
 
 
 def reduced_by_hand(model: Any, images: Tensor, r: int, strategy: str) -> Tensor:
