@@ -50,14 +50,14 @@ def model(files: ModuleType) -> Any:
 
 
 @pytest.fixture(scope="module")
-def test_pictures(files: ModuleType) -> tuple[Tensor, Tensor]:
+def pictures(files: ModuleType) -> tuple[Tensor, Tensor]:
     needed(files.FILES["test"])
     return files.load_cifar("test", IMAGES)
 
 
 @torch.no_grad()
-def test_accuracy_is_that_of_the_file(files: ModuleType, model: Any, test_pictures: tuple[Tensor, Tensor]) -> None:
-    images, labels = test_pictures
+def test_accuracy_is_that_of_the_file(files: ModuleType, model: Any, pictures: tuple[Tensor, Tensor]) -> None:
+    images, labels = pictures
     logits = torch.cat([model(files.prepare(part)) for part in images.split(25)])
     assert logits.shape == (IMAGES, 10)
     share = float((logits.argmax(1) == labels).double().mean())
@@ -114,8 +114,8 @@ def test_corrections_start_at_nothing_and_load_as_trained(files: ModuleType, tmp
     torch.testing.assert_close(loaded(x), adapted(x), rtol=1e-3, atol=1e-3)
 
 
-def test_classes_take_turns(files: ModuleType, test_pictures: tuple[Tensor, Tensor]) -> None:
-    images, labels = test_pictures
+def test_classes_take_turns(files: ModuleType, pictures: tuple[Tensor, Tensor]) -> None:
+    images, labels = pictures
     assert (images.dtype, images.shape) == (torch.uint8, (IMAGES, 3, 32, 32))
     assert torch.equal(labels, torch.arange(10).repeat(IMAGES // 10))
     fewer, _ = files.load_cifar("test", 13)

@@ -25,7 +25,7 @@ SHORT = {
     "python examples/train_digits.py": ["python", "examples/train_digits.py", "--help"],
     "python benchmarks/vit_cpu.py": ["python", "benchmarks/vit_cpu.py", "--help"],
     **{f"python benchmarks/quality.py {part}": ["python", "benchmarks/quality.py", "--help"] for part in PARTS},
-    "python benchmarks/levers.py": ["python", "benchmarks/levers.py", "--help"],
+    "python benchmarks/levers.py --photographs 12 --r 19 12": ["python", "benchmarks/levers.py", "--help"],
 }
 
 
