@@ -58,6 +58,7 @@ METRICS: dict[str, Callable[..., Tensor]] = {
     "queries": lambda q, k, v, x: _flat(q),
     "values": lambda q, k, v, x: _flat(v),
     "features": lambda q, k, v, x: x,
+    "centred": lambda q, k, v, x: x - x.mean(-1, keepdim=True),
 }
 
 
@@ -214,6 +215,7 @@ def ways(model: nn.Module, others: Tensor, r: int) -> dict[str, Way]:
         "metric: queries of all heads": Way(metric="queries"),
         "metric: values of all heads": Way(metric="values"),
         "metric: features": Way(metric="features"),
+        "metric: features less the mean of their channels": Way(metric="centred"),
         "pairs: odd into even in every other layer": Way(pairs="shifted"),
         "pairs: any": Way(pairs="any"),
         "pairs: any, queries and keys": Way(pairs="any", metric="queries_keys"),

@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from rich.console import Console
@@ -33,7 +33,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import tofu_fx
-from tofu_fx.options import Options
+from tofu_fx.options import Match, Options
 from tofu_fx.planning.batches import read_batches
 from tofu_fx.planning.cost import CostModel, share_of_operations
 from tofu_fx.planning.rehearsal import Choice, Choices
@@ -44,6 +44,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
 BUDGETS = (0.75, 0.6, 0.5)
 BATCH = 16
+MATCHES = get_args(Match)
 CALIBRATED = "calibrated"
 
 
@@ -151,10 +152,10 @@ def cifar(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def random_choices(trial: Trial, share: Callable[[Choices], float], budget: float, rng: random.Random) -> Choices:
     """A plan of random tokens and kinds whose cost is within the budget and near it."""
-    steepness, match = rng.choice([0.5, 1.0, 2.0]), rng.choice(["keys", "heads", "queries_keys", "mixed"])
+    steepness, match = rng.choice([0.5, 1.0, 2.0]), rng.choice([*MATCHES, "mixed"])
     strategy = rng.choice(["mlerp", "mlerp", "mlerp", "mixed"])
     weights = {site.id: rng.random() ** steepness for site in trial.sites}
-    matches = {s.id: rng.choice(["keys", "heads", "queries_keys"]) if match == "mixed" else match for s in trial.sites}
+    matches = {s.id: rng.choice(MATCHES) if match == "mixed" else match for s in trial.sites}
     strategies = {s.id: rng.choice(["prune", "mlerp"]) if strategy == "mixed" else strategy for s in trial.sites}
 
     def scaled(scale: float) -> Choices:

@@ -118,7 +118,8 @@ def _give_up_site(compilation: Compilation, site: Site, reason: str) -> None:
     site.decline = Decline(reason, site.reduce_at)
     for later in compilation.sites[compilation.sites.index(site) + 1 :]:
         if later.matched and later.stream == site.stream:
-            later.tokens_in, later.tokens_out = later.tokens_in + site.r, later.tokens_out + site.r
+            gone = site.tokens_in - site.tokens_out
+            later.tokens_in, later.tokens_out = later.tokens_in + gone, later.tokens_out + gone
 
 
 def _give_up(compilation: Compilation, reason: str) -> None:

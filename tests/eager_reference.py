@@ -50,6 +50,8 @@ class Reducer:
         if self.match == "queries_keys":
             assert self.queries is not None
             metric = torch.cat([metric, self.queries.transpose(1, 2).flatten(2)], -1)
+        if self.match == "features":
+            metric = x - x.mean(-1, keepdim=True)
         if self.there is not None:
             there = self.there.expand(batch, -1) if self.origin is None else self.there[self.origin]
             metric = reference_separate(metric, there)

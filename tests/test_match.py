@@ -17,7 +17,7 @@ ROWS = [("mlerp", 6), ("prune", 5), ("mean", 4)]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("match", ["keys", "heads", "queries_keys"])
+@pytest.mark.parametrize("match", ["keys", "heads", "queries_keys", "features"])
 @pytest.mark.parametrize("name", ["vit_avg_of_patches", "deit_distilled", "dinov2_registers"])
 def test_reduced_model_equals_the_reference(name: str, match: str) -> None:
     entry = ZOO[name]
@@ -65,6 +65,9 @@ def test_kinds_are_of_the_same_keys_in_every_layout(name: str) -> None:
             rehearsal, entry_, inputs, start = recorded
             _, values = rehearsal.run(inputs, {}, start, list(entry_.metrics.values()))
             keys, heads, both = (values[entry_.metrics[kind]] for kind in ("keys", "heads", "queries_keys"))
+            features = values[entry_.metrics["features"]]
+            assert features.shape[:2] == keys.shape[:2]
+            assert features.mean(2).abs().max() < 1e-5 * features.abs().max()
             batch_size, tokens, width = keys.shape
             apart = heads.view(batch_size, tokens, -1, width)
             assert torch.allclose(apart.mean(2), keys, rtol=1e-4, atol=1e-5)

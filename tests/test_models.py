@@ -14,6 +14,8 @@ from tests.harness import (
     MEANING_TOLERANCE,
     PERMUTATION_TOLERANCE,
     Study,
+    meaning_errors,
+    meaning_variants,
     relative_error,
     same_bits,
     study,
@@ -38,7 +40,7 @@ def studied(name: str) -> Study:
     entry = ZOO[name]
     with torch.no_grad():
         variants = {strategy: {"r": R, "strategy": strategy} for strategy in STRATEGIES}
-        return study(entry.model(), entry.inputs(), variants=variants)
+        return study(entry.model(), entry.inputs(), variants={**variants, **meaning_variants(R)})
 
 
 @functools.cache
@@ -110,6 +112,13 @@ def test_permuting_the_tokens_at_every_site_loses_nothing(name: str) -> None:
     entry, found = ZOO[name], studied(name)
     assert len(found.nodes("permute", torch.ops.tofu.permute_tokens.default)) == entry.sites
     assert relative_error(found.outputs["permute"], found.outputs["plain"]) < PERMUTATION_TOLERANCE
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_merged_tokens_are_worth_what_they_stand_for(name: str) -> None:
+    errors = meaning_errors(studied(name))
+    assert len(errors) == ZOO[name].sites
+    assert max(errors) < MEANING_TOLERANCE
 
 
 @pytest.mark.parametrize("name", PLAIN_VITS)

@@ -175,7 +175,13 @@ def align(emit: Emitter, node: Node, dims: Sequence[Dim], place: int, batch: tup
         if not mixed:
             split, full = [*split, 1], [*full, -1]
         merged.append(shape_of(emit, [dim], 0)[0] if mixed else 1)
-    node = emit.once(aten.view.default, node, tuple(split))
+    ahead = sum(atom in batch for dim in dims[:place] for atom in dim)
+    if ahead < len(batch):  # tokens stand ahead of (a part of) the batch: [N, B, C]
+        sizes = [-1 if atom.base.symbolic else atom.size for atom in batch]
+        node = emit.once(aten.view.default, node, (*sizes, count)) if len(batch) > 1 else node
+        order = [*range(ahead), len(batch), *range(ahead, len(batch))]
+        node = emit.once(aten.permute.default, node, tuple(order))
+    node = emit.once(aten.reshape.default, node, tuple(split))
     if any(size != -1 for size in full):
         node = emit.call(aten.expand.default, node, full)
     return node if len(split) == len(merged) else emit.call(aten.reshape.default, node, merged)

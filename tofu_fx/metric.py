@@ -44,15 +44,20 @@ class Metric:
     site: Site
     stream: Stream
     version: int
+    #: the tokens themselves, ``[B, N, C]``
+    x: Node
 
     def node(self, kind: str) -> Node:
         """Append the metric, ``[B, N, M]``; with padding, ``[B, N, M + 1]``.
 
         Args:
-            kind: "keys" (averaged over the heads: the paper's), "heads" (the keys of all heads side by side), or
-                "queries_keys" (the queries of all heads besides).
+            kind: "keys" (averaged over the heads: the paper's), "heads" (the keys of all heads side by side),
+                "queries_keys" (the queries of all heads besides), or "features" (the tokens of the stream, each less
+                the mean of its channels, as a layer norm without weights).
         """
         attention = self.site.attention
+        if kind == "features":
+            return self._features()
         node, run = self._vectors(attention.key, attention.key_tokens, attention.key_features, kind == "keys")
         if kind == "queries_keys":
             query = (attention.query, attention.query_tokens, attention.query_features)
@@ -63,6 +68,22 @@ class Metric:
         if self.site.padding:
             node = self.rewriter.emit.call(torch.ops.tofu.separate.default, node, self._valid())
         return self.stream.trim(self.rewriter.emit, node, run)
+
+    def _features(self) -> Node:
+        emit = self.rewriter.emit
+        node = emit.call(aten.layer_norm.default, self.x, [self.x.meta["val"].shape[2]])
+        if not self.site.padding:
+            return node
+        if self._keys_run() != self.stream.run:
+            raise Barrier("the keys have other tokens than the stream, so padding among them cannot be told")
+        return emit.call(torch.ops.tofu.separate.default, node, self._valid())
+
+    def _keys_run(self) -> Atom:
+        """The run of tokens that the keys are of: the stream's, where they were made before the stream starts."""
+        attention = self.site.attention
+        axes = self.rewriter.tracer.of(attention.key)
+        atoms = token_atoms((axes[attention.key_tokens % len(axes)],))
+        return atoms[0] if atoms else self.stream.run
 
     def _vectors(self, source: Node, place: int, feature: int, mean_heads: bool) -> tuple[Node, Atom]:
         """Queries or keys as ``[B, N, M]``, and the run of tokens that they are of."""

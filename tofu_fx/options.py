@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from tofu_fx.errors import OptionError
 
 Strategy = Literal["auto", "prune", "mean", "mlerp"]
-Match = Literal["keys", "heads", "queries_keys"]
+Match = Literal["keys", "heads", "queries_keys", "features"]
 
 
 class Options(BaseModel):
@@ -32,7 +32,8 @@ class Options(BaseModel):
 
     match: Literal["auto"] | Match = "auto"
     """What tokens are compared by: the attention's "keys" averaged over its heads (the paper's, and "auto"), the keys
-    of all "heads" side by side, or "queries_keys" of all heads. The wider ones cost more and match better."""
+    of all "heads" side by side, "queries_keys" of all heads, or the stream's own "features". The wider ones cost more
+    and match better."""
 
     placement: Literal["auto", "stream", "branch"] = "auto"
     """Where tokens are reduced: "stream" (the residual stream, after the attention's add) is what "auto" takes."""
@@ -126,7 +127,7 @@ def _explain(error: Any) -> str:
         "ratio": "a number in [0, 1)",
         "r": "an int or a list of ints, not negative",
         "proportional_attention": "'auto', True or False",
-        "match": "'auto', 'keys', 'heads' or 'queries_keys'",
+        "match": "'auto', 'keys', 'heads', 'queries_keys' or 'features'",
         "inductor": "a dict of inductor's options",
         "mode": "the name of an inductor mode",
     }.get(key, str(error["msg"]))

@@ -290,11 +290,11 @@ class Rewriter:
             raise Barrier("the tokens are whole again ahead of it")
         layout = self.layout(node)
         x = layout.to_canonical(self.emit, self.env[node, version], stream.count(self.emit, version, run))
-        metric = Metric(self, site, stream, version).node(site.match)
+        metric = Metric(self, site, stream, version, x).node(site.match)
         rehearsed, others = self.compilation.rehearsed, {}
         if rehearsed is not None:
-            others = self._other_metrics(site, stream, version)
-        step = stream.reduce(self.emit, x, metric, site.strategy, count, seed, additive=node in self.chain)
+            others = self._other_metrics(site, stream, version, x)
+        step = stream.reduce(self.emit, x, metric, site.strategy, count, seed, node in self.chain, site.r)
         if rehearsed is not None:
             fuse = step.merged.args[0]
             assert isinstance(fuse, Node)
@@ -303,13 +303,13 @@ class Rewriter:
         self.native[node] = version + 1
         self.chain.add(node)
 
-    def _other_metrics(self, site: Site, stream: Stream, version: int) -> dict[str, Node]:
+    def _other_metrics(self, site: Site, stream: Stream, version: int, x: Node) -> dict[str, Node]:
         """The metrics of a site beside its own, those that can be written."""
         found = {}
         for kind in get_args(Match):
             if kind != site.match:
                 with suppress(Barrier):
-                    found[kind] = Metric(self, site, stream, version).node(kind)
+                    found[kind] = Metric(self, site, stream, version, x).node(kind)
         return found
 
     def canonical(self, node: Node) -> Node:

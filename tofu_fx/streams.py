@@ -20,6 +20,8 @@ from tofu_fx.tokens import Atom, Barrier
 
 tofu = torch.ops.tofu
 _END = 2**63 - 1
+#: what a group becomes where its members are then given copies of it; any strategy proves the same
+_COPIED = "mlerp"
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Version:
     """One reduction, from the version before to this one. All nodes are canonical: ``[B, N, ...]`` over the run.
 
     ``additive`` says that between the last reduction and this one the stream only had branches added to it, so that
-    what a token was before can be added back when the tokens are restored.
+    what a token was before can be added back when the tokens are restored. ``merges`` are the assignment and the
+    survivors of the merge itself, where its result was then copied back to all members (a duplication, for proofs).
     """
 
     strategy: str
@@ -39,6 +42,7 @@ class Version:
     before: Node
     merged: Node
     additive: bool
+    merges: tuple[Node, Node] | None = None
 
 
 @dataclass
@@ -62,18 +66,28 @@ class Stream:
         return emit.arithmetic(operator.add, now, more) if more else now
 
     def reduce(
-        self, emit: Emitter, x: Node, metric: Node, strategy: str, count: Count, seed: int, additive: bool
+        self, emit: Emitter, x: Node, metric: Node, strategy: str, count: Count, seed: int, additive: bool, r: int
     ) -> Version:
-        """Append the fused node that makes the next version of ``x`` ``[B, N, C]``, of ``count`` tokens."""
+        """Append the fused node that makes the next version of ``x`` ``[B, N, C]``, of ``count`` tokens.
+
+        ``r`` is how many tokens are merged where all of them stay (the strategy "duplicate").
+        """
         size = self.size(emit, self.newest, x)
         lead, tail = self.run.lead, self.run.tail
         if strategy == "permute":
             fused = emit.call(tofu.permute_tokens.default, x, size, seed, lead, tail)
+        elif strategy == "duplicate":
+            fused = emit.call(tofu.fuse_tokens.default, x, metric, size, r, _COPIED, lead, tail)
         else:
-            r = emit.arithmetic(operator.sub, self.count(emit, self.newest, self.run), count)
-            fused = emit.call(tofu.fuse_tokens.default, x, metric, size, r, strategy, lead, tail)
+            gone = emit.arithmetic(operator.sub, self.count(emit, self.newest, self.run), count)
+            fused = emit.call(tofu.fuse_tokens.default, x, metric, size, gone, strategy, lead, tail)
         merged, new_size, assignment, kept = (emit.call(operator.getitem, fused, i) for i in range(4))
-        version = Version(strategy, count, size, new_size, assignment, kept, x, merged, additive)
+        merges = None
+        if strategy == "duplicate":
+            merges, new_size = (assignment, kept), size  # each member stands for itself
+            merged = emit.call(tofu.restore_tokens.default, merged, assignment)
+            assignment = kept = emit.call(aten.gather.default, kept, 1, assignment)  # of each member, its survivor
+        version = Version(strategy, count, size, new_size, assignment, kept, x, merged, additive, merges)
         self.versions.append(version)
         return version
 
@@ -136,7 +150,12 @@ class Stream:
         x = layout.to_canonical(emit, node, self.count(emit, version - 1, layout.atom))
         merges = step.strategy != "permute" and x.meta["val"].is_floating_point()
         strategy = step.strategy if merges else "prune"  # what is no feature (a flag, an index) follows the survivor
-        merge = _caller(emit, tofu.rebase.default, step.size_before, step.assignment, step.kept, strategy)
+        if step.merges is None:
+            merge = _caller(emit, tofu.rebase.default, step.size_before, step.assignment, step.kept, strategy)
+        else:
+            own = _caller(emit, tofu.rebase.default, step.size_before, *step.merges, _COPIED if merges else "prune")
+            copy = _caller(emit, tofu.restore_tokens.default, step.merges[0])
+            merge = lambda x: copy(own(x))  # noqa: E731
         x = self._on_own_run(emit, x, layout.atom, merge)
         return layout.from_canonical(emit, x, self.count(emit, version, layout.atom))
 

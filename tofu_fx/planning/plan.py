@@ -54,7 +54,7 @@ class PlanRow(_Record):
     tokens: int = Field(ge=1)
     heads: int
     dim: int
-    strategy: Literal["prune", "mean", "mlerp", "permute"]
+    strategy: Literal["prune", "mean", "mlerp", "permute", "duplicate"]
     match: Match = "keys"
     r: int = Field(ge=0)
     placement: Literal["stream"] = "stream"

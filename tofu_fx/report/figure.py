@@ -17,6 +17,7 @@ LOOKS = {
     "mean": ("#e8a33a", "s"),
     "mlerp": ("#2471a3", "o"),
     "permute": ("#7d3c98", "D"),
+    "duplicate": ("#7d3c98", "d"),
     "none": (GREY, "."),
 }
 
