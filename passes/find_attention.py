@@ -15,7 +15,7 @@ from tofu_fx.masks import Masks
 from tofu_fx.patterns import OPAQUE, find_attentions
 from tofu_fx.planning.site import Attention, Decline, Site
 from tofu_fx.rules import find_rule
-from tofu_fx.tokens import Axes, Barrier, Dim, dim_size
+from tofu_fx.tokens import Axes, Barrier, Dim, dim_size, hint
 from tofu_fx.tracer import AxisTracer, trace
 
 _MASKED = {
@@ -63,6 +63,8 @@ def _reason(tracer: AxisTracer, attention: Attention, queries: Dim, keys: Dim) -
             "PyTorch's fused inference path hides the attention: call torch.backends.mha.set_fastpath_enabled(False) "
             "before compiling"
         )
+    if any(hint(size) == 0 for size in attention.query.meta["val"].shape):
+        return "the call is empty: a tensor of it has no element"
     if attention.causal:
         return _MASKED["later"]
     if any(atom.base.kind == "feature" for atom in keys) and any(atom.base.kind == "feature" for atom in queries):

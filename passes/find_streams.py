@@ -10,6 +10,7 @@ weights that leave the graph) is given up, with that place as the reason.
 from __future__ import annotations
 
 import networkx as nx
+import torch
 from torch.fx import Node
 
 from tofu_fx.compilation import Compilation
@@ -20,6 +21,10 @@ from tofu_fx.rules import find_rule
 from tofu_fx.tokens import Atom, Axes, Base, token_atoms
 from tofu_fx.tracer import AxisTracer, Seed, trace
 
+_VARYING = (
+    "its number of tokens is symbolic; how many go is decided for each number, so every number is compiled on its own: "
+    "pad the inputs to a few lengths"
+)
 _WORK = ("linear", "matmul", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention")
 
 
@@ -92,7 +97,10 @@ def _assign_stream(site: Site, tracer: AxisTracer) -> None:
     # A symbolic token count is guarded on: another number of tokens is another plan, so it compiles anew.
     dims = [i for i, dim in enumerate(tracer.of(site.reduce_at)) if atoms[0] in dim]
     if len(tracer.of(site.reduce_at)[dims[0]]) == 1:
-        int(site.reduce_at.meta["val"].shape[dims[0]])
+        size = site.reduce_at.meta["val"].shape[dims[0]]
+        if isinstance(size, torch.SymInt) and not isinstance(size.node.maybe_as_int(), int):
+            site.notes.append(_VARYING)
+        int(size)
 
 
 def _has_work(site: Site, tracer: AxisTracer, flow: nx.DiGraph[Node]) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from torch.fx import Graph, GraphModule, Node
 
+from tofu_fx.autocast import Autocasts
 from tofu_fx.compilation import Compilation
 from tofu_fx.graphs import LITERAL, tensor_inputs
 from tofu_fx.inputs import InputFakes, faking
@@ -53,15 +54,15 @@ def insert_reductions(compilation: Compilation) -> None:
 
 def _write(compilation: Compilation) -> Graph:
     inputs, new = InputFakes(compilation), Graph()
-    with faking(inputs.fake_mode):
-        _write_nodes(compilation, inputs, new)
+    with faking(inputs.fake_mode), Autocasts() as regions:
+        _write_nodes(compilation, inputs, new, regions)
     if compilation.rehearsed is None:
         new.eliminate_dead_code()
     new.lint()
     return new
 
 
-def _write_nodes(compilation: Compilation, inputs: InputFakes, new: Graph) -> None:
+def _write_nodes(compilation: Compilation, inputs: InputFakes, new: Graph, regions: Autocasts) -> None:
     old, rewriter = compilation.gm.graph, Rewriter(compilation, Emitter(new))
     for node in old.find_nodes(op="placeholder"):
         rewriter.env[node, 0] = inputs.copy(new, node)
@@ -70,6 +71,7 @@ def _write_nodes(compilation: Compilation, inputs: InputFakes, new: Graph) -> No
     barriers = {barrier.node for barrier in compilation.barriers}
     for node in old.nodes:
         compilation.at = node
+        regions.visit(node)
         if node.op == "placeholder":
             continue
         if node.op == "get_attr":

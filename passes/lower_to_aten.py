@@ -9,13 +9,15 @@ The graph is still ahead of autograd, so training works as in any graph that Dyn
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.fx.traceback as fx_traceback
-from torch.fx import Interpreter, Node
+from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from tofu_fx.autocast import Autocasts
 from tofu_fx.compilation import Compilation
 from tofu_fx.errors import Unsupported
 from tofu_fx.graphs import is_impure, source_line
@@ -41,7 +43,7 @@ def lower_to_aten(compilation: Compilation) -> None:
     # The placeholders' own fake mode: the one in the tracing context is another, and mixing the two is refused.
     with torch._guards.tracing(None), modes.pop(), fx_traceback.preserve_node_meta():
         lowered = make_fx(
-            lambda *args: Interpreter(traced).run(*args),
+            lambda *args: _run(traced, args),
             tracing_mode="real",
             pre_dispatch=True,
             _allow_non_fake_inputs=True,
@@ -54,6 +56,23 @@ def lower_to_aten(compilation: Compilation) -> None:
     outputs, _ = torch.utils._pytree.tree_flatten(lowered.graph.output_node().args[0])
     compilation.traced_outputs = [out.meta.get("val") if isinstance(out, Node) else out for out in outputs]
     compilation.gm = lowered
+
+
+class _Traced(Interpreter):
+    """Runs Dynamo's graph with its autocast regions in force, which tracing only records."""
+
+    regions: Autocasts
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        self.regions.visit(n)
+        return value
+
+
+def _run(traced: GraphModule, args: Sequence[Any]) -> Any:
+    interpreter = _Traced(traced)
+    with Autocasts() as interpreter.regions:
+        return interpreter.run(*args)
 
 
 def _carry_over(old: Node, new: Node) -> None:

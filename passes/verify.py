@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Interpreter, Node
 
+from tofu_fx.autocast import Autocasts, is_region
 from tofu_fx.compilation import Compilation
 from tofu_fx.errors import TofuError
 from tofu_fx.inputs import fake_mode_of, faking
@@ -25,9 +26,13 @@ class _Checked(Interpreter):
     """
 
     compilation: Compilation
+    regions: Autocasts
 
     def run_node(self, n: Node) -> Any:
         self.compilation.at = n
+        if is_region(n):
+            self.regions.visit(n)
+            return None
         value = super().run_node(n)
         noted = n.meta.get("val")
         if isinstance(value, torch.Tensor) and isinstance(noted, torch.Tensor) and _form(value)[:3] != _form(noted)[:3]:
@@ -41,7 +46,7 @@ def verify(compilation: Compilation) -> None:
     fakes = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
     interpreter = _Checked(gm)
     interpreter.compilation = compilation
-    with faking(fake_mode_of(gm)):
+    with faking(fake_mode_of(gm)), Autocasts() as interpreter.regions:
         outputs = interpreter.run(*fakes)
     flat, _ = torch.utils._pytree.tree_flatten(outputs)
     noted, _ = torch.utils._pytree.tree_flatten(gm.graph.output_node().args[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
+
+from tofu_fx.planning import profit
 
 if os.environ.get("PYTEST_XDIST_WORKER"):
     torch.set_num_threads(1)  # the workers share the cores
@@ -29,6 +32,13 @@ def _fresh_dynamo() -> Any:
     torch.backends.mha.set_fastpath_enabled(False)  # it hides the attention; test_bad_input.py switches it on
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def _every_reduction_pays(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The models of the tests are tiny: by the true rates hardly a reduction would pay. Marker: true_rates."""
+    if request.node.get_closest_marker("true_rates") is None:
+        monkeypatch.setattr(profit, "rates_of", lambda *device: profit.Rates(1e-9, math.inf, 0.0))
 
 
 @pytest.hookimpl(optionalhook=True)

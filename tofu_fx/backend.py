@@ -98,6 +98,8 @@ def rewrite(
         message = f"the graph was compiled untouched, because a pass failed: {error}"
         return Outcome(None, message, (message,))
     notes = tuple(f"{site.id}: {note}" for site in compilation.sites for note in site.notes)
+    if _is_one_block(compilation):
+        notes = (*notes, _ONE_BLOCK)
     if compilation.reducing:
         message = f"{len(compilation.reducing)} of {len(compilation.sites)} attention sites reduced"
         logger.info(message)
@@ -111,6 +113,26 @@ def rewrite(
         why = "the options or the plan take no token from any attention site"
     message = f"nothing was accelerated: {why}"
     return Outcome(compilation, message, (*notes, message))
+
+
+_ONE_BLOCK = (
+    "the graph is one block of a model: each call of it removes the same share of the tokens and restores them at its "
+    "end, so only what follows the attention inside the block gets faster; compile the whole model instead"
+)
+
+
+def _is_one_block(compilation: Compilation) -> bool:
+    """Whether a stream comes in as an input, has one site, and goes out whole: a block compiled on its own."""
+    if len(compilation.reducing) != 1:
+        return False
+    (site,), tracer = compilation.reducing, compilation.traced
+    assert site.reduce_at is not None
+    outputs = compilation.traced_outputs[:1]
+    shape = site.reduce_at.meta["val"].shape
+    inputs = [n for n in tracer.graph.find_nodes(op="placeholder") if n not in compilation.model_state]
+    streams = [value for value in (*(n.meta.get("val") for n in inputs), *outputs) if isinstance(value, torch.Tensor)]
+    goes_out = any(barrier.node.op == "output" for barrier in compilation.barriers)
+    return goes_out and sum(value.shape == shape for value in streams) > 1
 
 
 def run_once(model: Any, backend: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -44,6 +44,9 @@ class Options(BaseModel):
     plan: Any = None
     """A :class:`tofu_fx.Plan`, or the path of one; then ``ratio``, ``r``, ``strategy`` and ``match`` come from it."""
 
+    profitable_only: bool = True
+    """Decline sites whose reduction would cost more time than it saves, by a coarse cost model. Not asked of a plan."""
+
     on_error: Literal["fallback", "raise"] = "fallback"
     """When a pass fails: compile the untouched graph and warn once, or raise."""
 

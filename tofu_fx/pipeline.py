@@ -13,6 +13,7 @@ from tofu_fx.compilation import Compilation
 from tofu_fx.errors import PassError, TofuError
 from tofu_fx.graphs import module_path, source_line
 from tofu_fx.options import Options
+from tofu_fx.passes.decline_unprofitable import decline_unprofitable
 from tofu_fx.passes.find_attention import find_attention
 from tofu_fx.passes.find_streams import find_streams
 from tofu_fx.passes.functionalize_inplace import functionalize_inplace
@@ -34,6 +35,7 @@ PASSES: tuple[Pass, ...] = (
     find_attention,  # needs plain axes only
     find_streams,  # needs the sites: a stream starts at a site's residual add
     plan_reductions,  # needs the sites that are left when the streams are known
+    decline_unprofitable,  # needs the numbers of tokens that the plan would remove
     make_polymorphic,  # needs the streams' axes; before anything changes the number of tokens
     insert_reductions,  # needs the plan, and literals that follow the tokens
     verify,  # last: proves what the others made

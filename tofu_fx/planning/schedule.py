@@ -73,7 +73,10 @@ def spread(tokens: int, ratio: float, layers: int) -> list[int]:
 
 
 def _strategy(options: Options, depth: int, layers: int) -> str:
-    """The paper's rule without calibration: prune in the first half of the layers, mlerp after (section 4.2)."""
+    """The paper's rule without calibration: prune in the first half of the layers, mlerp after (section 4.2).
+
+    A single site may be any layer of its model, which is then compiled block by block: it merges.
+    """
     if options.strategy != "auto":
         return options.strategy
-    return "prune" if depth < layers / 2 else "mlerp"
+    return "prune" if depth < layers / 2 and layers > 1 else "mlerp"

@@ -18,8 +18,8 @@ from tofu_fx.pipeline import run_pipeline
 from tofu_fx.planning.plan import Plan, PlanRow
 from tofu_fx.planning.site import Site
 
-#: options under which nothing is compiled and nothing fails in silence
-EAGER: dict[str, Any] = {"inner_backend": "eager", "on_error": "raise"}
+#: options under which nothing is compiled, nothing fails in silence, and tiny models are reduced too
+EAGER: dict[str, Any] = {"inner_backend": "eager", "on_error": "raise", "profitable_only": False}
 
 #: a variant's options: the same for every graph, or made for each from what the compiler found in it (None: untouched)
 Variant = Mapping[str, Any] | Callable[[Compilation], Mapping[str, Any] | None]

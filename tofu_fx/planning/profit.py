@@ -1,0 +1,107 @@
+"""Whether a reduction pays: the time that fewer tokens save against the time of matching and moving them.
+
+A coarse model that needs no measurement, so that the same graph is always compiled the same way: matrix products and
+attention at a rate, and for each reduction a constant, its matching and the bytes that it moves. Calibration measures
+instead. What saves little is declined, so elementwise work, which is also saved, is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, Node
+
+from tofu_fx.planning.flops import matching_flops, node_flops
+from tofu_fx.planning.site import Site
+from tofu_fx.tokens import hint
+from tofu_fx.tracer import AxisTracer
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does: operations and bytes per second, and the seconds of one reduction of no tokens at all."""
+
+    flops: float
+    bytes: float
+    reduction: float
+
+
+def rates_of(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Typical rates of a kind of device; on CPU for the threads that torch uses.
+
+    CPU: measured with float32 on AVX512 cores (60 GFLOP/s a thread in a linear layer; 50 us for `tofu::fuse_tokens` on
+    74 tokens, and what it adds to the attention behind it). Elsewhere: not measured; the constant is that of thirty
+    kernel launches.
+    """
+    if device.type == "cpu":
+        return Rates(60e9 * torch.get_num_threads(), 8e9, 70e-6)
+    return Rates(200e12 if dtype.itemsize == 2 else 25e12, 1.5e12, 150e-6)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Matrix products on the tokens of one stream: behind how many of its sites, operations, and their exponent.
+
+    Attention does work for each pair of tokens, all other products for each token.
+    """
+
+    after: int
+    flops: float
+    exponent: int
+
+
+def unprofitable(sites: Sequence[Site], tracer: AxisTracer, graph: Graph) -> list[Site]:
+    """The reducing sites of one stream that cost more time than they save, given that the others reduce.
+
+    Looked for from the last site on, behind which there is the least work.
+    """
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    work = _work(sites, tracer, graph, order)
+    rates = rates_of(*_device(sites[0]))
+    chosen = {site.id: site.r for site in sites}
+    losing = []
+    for site in reversed(sites):
+        without = {**chosen, site.id: 0}
+        if site.r and _seconds(sites, work, rates, without) <= _seconds(sites, work, rates, chosen):
+            losing.append(site)
+            chosen = without
+    return losing[::-1]
+
+
+def _work(sites: Sequence[Site], tracer: AxisTracer, graph: Graph, order: Mapping[Node, int]) -> list[Work]:
+    places = [order[site.reduce_at] for site in sites if site.reduce_at is not None]
+    found = []
+    for node in graph.nodes:
+        flops = node_flops(node) if any(a.base.stream == sites[0].stream for a in tracer.tokens(node)) else 0
+        after = sum(place < order[node] for place in places)
+        if flops and after:
+            pairs = node in tracer.attention_nodes or node in tracer.score_nodes
+            found.append(Work(after, flops, 2 if pairs else 1))
+    return found
+
+
+def _seconds(sites: Sequence[Site], work: Sequence[Work], rates: Rates, removed: Mapping[str, int]) -> float:
+    """The time of the work and of the reductions, when each site removes so many tokens."""
+    counts, total = [sites[0].tokens], 0.0
+    for site in sites:
+        r = min(removed[site.id], site.cap(counts[-1]))
+        counts.append(counts[-1] - r)
+        if r and site.reduce_at is not None:
+            value = site.reduce_at.meta["val"]
+            rows = math.prod(hint(size) for size in value.shape) / sites[0].tokens / site.dim
+            free = counts[-2] - site.lead - site.tail
+            moved = 2 * rows * counts[-2] * site.dim * value.element_size()
+            matching = matching_flops(rows, free, site.dim / site.heads)
+            total += rates.reduction + matching / rates.flops + moved / rates.bytes
+    return total + sum(
+        item.flops * (counts[item.after] / counts[0]) ** item.exponent / rates.flops for item in work
+    )
+
+
+def _device(site: Site) -> tuple[torch.device, torch.dtype]:
+    assert site.reduce_at is not None
+    value = site.reduce_at.meta["val"]
+    return value.device, value.dtype
