@@ -96,9 +96,7 @@ def _seconds(sites: Sequence[Site], work: Sequence[Work], rates: Rates, removed:
             moved = 2 * rows * counts[-2] * site.dim * value.element_size()
             matching = matching_flops(rows, free, site.dim / site.heads)
             total += rates.reduction + matching / rates.flops + moved / rates.bytes
-    return total + sum(
-        item.flops * (counts[item.after] / counts[0]) ** item.exponent / rates.flops for item in work
-    )
+    return total + sum(item.flops * (counts[item.after] / counts[0]) ** item.exponent / rates.flops for item in work)
 
 
 def _device(site: Site) -> tuple[torch.device, torch.dtype]:
