@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import re
 import sys
 import time
 import traceback
@@ -29,9 +30,8 @@ from rich.progress import track
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.zoo import CATALOGUE, Case  # noqa: E402
-
 import tofu_fx  # noqa: E402
+from tests.zoo import CATALOGUE, Case  # noqa: E402
 from tofu_fx.testing import Proofs, prove, relative_error, tensors  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "models.json"
@@ -88,7 +88,7 @@ def _backend(model: torch.nn.Module, args: Any, kwargs: Any) -> str:
 
 def _reason(reason: str) -> str:
     """A reason without its source line."""
-    return reason.partition(" (/")[0].partition(" (<")[0]
+    return re.sub(r" \((/|<|timm/|transformers/)[^)]*\)$", "", reason)
 
 
 def outcome(row: dict[str, Any]) -> str:
@@ -106,14 +106,14 @@ def render(rows: dict[str, dict[str, Any]], walk: dict[str, Any]) -> str:
     lines = [
         "# Models",
         "",
-        "Made by `python benchmarks/models.py`; do not edit. Small dims, random weights, one call each on CPU in float32.",
+        "Made by `python benchmarks/models.py`; do not edit. Small dims, random weights, one call on CPU, float32.",
         "",
         f"**{len(rows)} models: {counts['accelerated']} accelerated, {counts['declined']} declined with a reason, "
         f"{counts['plain']} without attention, {counts['failed']} failed.**",
         "",
-        "*Sites* are the attentions at which tokens go, of all. *Tokens* and *FLOPs* are those of ratio 0.5, as a share "
-        "of the plain model's (tiny models have large heads: real ones gain more). *Identity*: with no token removed the "
-        "rewritten graph gives the same bits. *Permutation*: largest relative error with the tokens shuffled at every "
+        "*Sites* are the attentions at which tokens go, of all. *Tokens* and *FLOPs* (a share of the plain model's) "
+        "are those of ratio 0.5; tiny models have large heads: real ones gain more. *Identity*: with no token removed "
+        "the rewritten graph gives the same bits. *Permutation*: largest relative error with the tokens shuffled at every "
         "site. *Meaning*: largest relative error between merged tokens and copies of them written over all members.",
         "",
         "| model | sites | tokens | FLOPs | identity | permutation | meaning | left alone, and why |",
@@ -151,23 +151,23 @@ def _walked(walk: dict[str, Any]) -> list[str]:
     if not walk:
         return []
     rows = walk["rows"]
-    counts = Counter(row["outcome"] for row in rows.values())
+    counts = Counter(row["outcome"] for row in rows)
     lines = [
         "",
         "## timm's whole registry",
         "",
         f"The smallest model of each of timm's {len(rows)} model files (`python benchmarks/timm_walk.py`, timm "
-        f"{walk['timm']}), full size, random weights: {counts['accelerated']} accelerated, {counts['declined']} declined, "
-        f"{counts['plain']} without attention, {counts['failed']} failed.",
+        f"{walk['timm']}), full size, random weights: {counts['accelerated']} accelerated, {counts['declined']} "
+        f"declined, {counts['plain']} without attention, {counts['failed']} failed.",
         "",
         "| file | model | outcome | sites | why not |",
         "|---|---|---|---|---|",
     ]
-    for name, row in rows.items():
+    for row in rows:
         if row["outcome"] != "plain":
-            sites = f"{row['matched']} of {row['matched'] + row['declined']}"
-            why = row.get("error") or "; ".join(row["reasons"])
-            lines.append(f"| {name} | {row['model']} | {row['outcome']} | {sites} | {why} |")
+            sites = f"{row.get('matched', 0)} of {row.get('matched', 0) + row.get('declined', 0)}"
+            why = row.get("error") or "; ".join(dict.fromkeys(_reason(reason) for reason in row["reasons"]))
+            lines.append(f"| {row['module']} | {row['model']} | {row['outcome']} | {sites} | {why} |")
     return lines
 
 

@@ -28,4 +28,3 @@ def decline_unprofitable(compilation: Compilation) -> None:
                 site.r = min(site.r, site.cap(count))
             site.tokens_in, site.tokens_out = count, count - site.r
             count = site.tokens_out
-

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections import Counter
 
+from torch.fx import Node
+
 from tofu_fx.compilation import Compilation
-from tofu_fx.graphs import is_op, module_path
+from tofu_fx.graphs import argument, is_op, module_path
 from tofu_fx.masks import Masks
 from tofu_fx.patterns import OPAQUE, find_attentions
 from tofu_fx.planning.site import Attention, Decline, Site
 from tofu_fx.rules import find_rule
-from tofu_fx.tokens import Axes, Barrier, Dim, dim_size, hint
+from tofu_fx.tokens import Atom, Axes, Barrier, Dim, dim_size, hint
 from tofu_fx.tracer import AxisTracer, trace
 
 _MASKED = {
@@ -47,7 +49,7 @@ def _site(tracer: AxisTracer, masks: Masks, attention: Attention, name: str, pat
     keys = tracer.of(attention.key)[attention.key_tokens]
     heads = _heads(tracer, attention)
     width = dim_size(tracer.of(attention.key)[attention.key_features])
-    site = Site(name, path, attention, dim_size(keys), heads, heads * width)
+    site = Site(name, path, attention, dim_size(queries), heads, heads * width)
     reason = _reason(tracer, attention, queries, keys)
     if reason is None:
         hides = masks.judge(attention, site.tokens)
@@ -65,17 +67,56 @@ def _reason(tracer: AxisTracer, attention: Attention, queries: Dim, keys: Dim) -
         )
     if any(hint(size) == 0 for size in attention.query.meta["val"].shape):
         return "the call is empty: a tensor of it has no element"
+    if attention.strange is not None:
+        op = str(attention.strange.target).removesuffix(".default")
+        return f"{op} between the softmax and a product is none of the known ways to write attention"
     if attention.causal:
         return _MASKED["later"]
+    uneven = next((node for node in attention.after[1:] if _adds_to_weights(node)), None)
+    if uneven is not None:
+        op = str(uneven.target).removesuffix(".default")
+        return f"{op} adds to the attention's weights behind the softmax, once for each token that there is"
     if any(atom.base.kind == "feature" for atom in keys) and any(atom.base.kind == "feature" for atom in queries):
         return "attention between channels, not tokens"
+    if attention.query not in tracer.depends:
+        if attention.key not in tracer.depends:
+            return "this attention is the same for every input"
+        return f"the {dim_size(queries)} queries are weights of the model, not tokens: attention pooling"
     try:
-        same = tracer.space.flat(queries) == tracer.space.flat(keys)
+        same = _covers(tracer.space.flat(keys), tracer.space.flat(queries))
     except Barrier as barrier:
         return str(barrier)
-    if not same:
-        return f"queries ({dim_size(queries)}) and keys ({dim_size(keys)}) are different tokens"
-    return None
+    return None if same else _different(dim_size(queries), dim_size(keys))
+
+
+def _different(queries: int, keys: int) -> str:
+    """What queries and keys that are not the same tokens are likely to be."""
+    said = f"queries ({queries}) and keys ({keys}) are different tokens: "
+    if queries == 1:
+        return f"{said}one query reads all tokens, and there is nothing to remove from what it gives"
+    if queries == keys:
+        return f"{said}each is made for itself, by a convolution or pooling or from another input"
+    if keys < queries:
+        return f"{said}the keys are pooled already, or cross-attention"
+    return f"{said}cross-attention, or some tokens read more than their own (latents, halos)"
+
+
+def _adds_to_weights(node: Node) -> bool:
+    """Whether an op behind the softmax is more than a multiple: of a merged token's weight it makes too little."""
+    if is_op(node, "linear"):
+        return argument(node, "bias") is not None
+    if is_op(node, "masked_fill"):
+        return argument(node, "value") != 0
+    if is_op(node, "where"):
+        return all(isinstance(value, Node) for value in node.args[1:])
+    return is_op(node, "add", "sub", "rsub", "clamp", "tanh", "minimum", "maximum", "baddbmm")
+
+
+def _covers(keys: Atom | None, queries: Atom | None) -> bool:
+    """Whether the keys are the queries' own tokens, with or without null tokens at their ends."""
+    if keys is None or queries is None or keys.base is not queries.base:
+        return keys == queries
+    return keys.offset <= queries.offset and queries.offset + queries.size <= keys.offset + keys.size
 
 
 def _heads(tracer: AxisTracer, attention: Attention) -> int:

@@ -32,14 +32,21 @@ def find_streams(compilation: Compilation) -> None:
     """Set ``reduce_at``, ``lead``, ``tail`` and ``stream`` of each site, and the compilation's axes and barriers."""
     plain = compilation.traced
     order = {node: i for i, node in enumerate(compilation.gm.graph.nodes)}
+    taken: dict[Node | None, Site] = {}
     for site in compilation.sites:
         if site.matched:
             compilation.at = site.attention.node
             place_site(site, plain, order)
+        first = taken.setdefault(site.reduce_at, site) if site.matched else site
+        if first is not site:
+            reason = f"it ends at the same residual add as {first.id}, where tokens are reduced once"
+            site.decline = Decline(reason, site.attention.node)
     flow = value_graph(compilation.gm.graph)
+    unknown: dict[str, int] = {}
     while True:
         placed = [site for site in compilation.sites if site.matched]
         tracer = _trace(compilation, plain, placed)
+        unknown.update(tracer.unknown_ops)  # those that cost a site are not met again once it is given up
         fatal = [barrier for barrier in tracer.barriers if barrier.fatal]
         lost = {site.id: b for b in reversed(fatal) for site in placed if site.reduce_at in nx.ancestors(flow, b.node)}
         for site in placed:
@@ -47,19 +54,21 @@ def find_streams(compilation: Compilation) -> None:
                 site.decline = Decline(f"tokens must stay whole: {lost[site.id].reason}", lost[site.id].node)
         if not lost:
             break
+    tracer.unknown_ops = unknown
     compilation.axes, compilation.barriers = tracer, tracer.barriers
     for site in placed:
         _assign_stream(site, tracer)
         if site.matched and not _has_work(site, tracer, flow):
             assert site.reduce_at is not None
-            site.decline = Decline("nothing is computed on the tokens before they must be whole again", site.reduce_at)
+            reason = "nothing is computed on the tokens behind it, or they must be whole before"
+            site.decline = Decline(reason, site.reduce_at)
 
 
 def _trace(compilation: Compilation, plain: AxisTracer, placed: list[Site]) -> AxisTracer:
     seeds: dict[Node, Seed] = {}
     for number, site in enumerate(placed):
         assert site.reduce_at is not None
-        keys = plain.space.flat(plain.of(site.attention.key)[site.attention.key_tokens])
+        keys = plain.space.flat(plain.of(site.attention.query)[site.attention.query_tokens])
         assert keys is not None
         ((dim, place),) = token_places(plain, site.reduce_at, keys)
         seeds[site.reduce_at] = _seed(site, dim, place, number)

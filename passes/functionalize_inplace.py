@@ -49,7 +49,8 @@ def _functional_twin(node: Node) -> torch._ops.OpOverload | None:
     twin = getattr(packet, node.target._overloadname, None)
     if twin is None or twin._schema.is_mutable:
         return None
-    same = [a.name for a in twin._schema.arguments] == [a.name for a in node.target._schema.arguments]
+    # The first argument, which is changed, is called "self" here and sometimes "input" there.
+    same = [a.name for a in twin._schema.arguments[1:]] == [a.name for a in node.target._schema.arguments[1:]]
     return twin if same else None
 
 
@@ -59,8 +60,8 @@ def _is_private(target: Node, place: dict[Node, int], at: int) -> bool:
     todo = [target]
     while todo:
         value = todo.pop()
-        family = [user for user in value.users if is_alias(user) and place[user] < at]
-        if is_alias(value):
+        family = [user for user in value.users if _shares(user) and place[user] < at]
+        if _shares(value):
             if value.op != "call_function":
                 return False
             family += value.all_input_nodes
@@ -68,6 +69,11 @@ def _is_private(target: Node, place: dict[Node, int], at: int) -> bool:
         shared.update(family)
     later = (user for value in shared - {target} for user in value.users if place[user] > at)
     return next(later, None) is None
+
+
+def _shares(node: Node) -> bool:
+    """Whether the result may be its input's memory: a view, or an op that was left in place."""
+    return is_alias(node) or bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
 
 
 def _same_form(target: Node, node: Node) -> bool:

@@ -34,7 +34,10 @@ def lower_to_aten(compilation: Compilation) -> None:
     for node in traced.graph.nodes:
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             name = node.target.name()
-            raise Unsupported(f"the graph holds the higher-order op {name}{source_line(node)}, which cannot be inlined")
+            instead = "; scaled_dot_product_attention can" if "flex_attention" in name else ""
+            raise Unsupported(
+                f"the graph holds the higher-order op {name}{source_line(node)}, which cannot be inlined{instead}"
+            )
     before = traced.graph.find_nodes(op="placeholder")
     fakes = [node.meta.get("example_value", node.meta.get("val")) for node in before]
     modes = {fake.fake_mode for fake in fakes if isinstance(fake, torch._subclasses.FakeTensor)}

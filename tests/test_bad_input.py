@@ -123,7 +123,8 @@ def test_plan_file_that_cannot_be_used_is_an_error_that_names_the_file(
 def test_model_without_attention_warns_and_runs_untouched() -> None:
     model = nn.Sequential(nn.Linear(DIM, DIM), nn.GELU()).eval()
     outputs, messages = fallback(model)
-    assert messages == ["tofu_fx: nothing was accelerated: the graph has no attention"]
+    why = "the graph has no attention between pairs of tokens (linear attention has none)"
+    assert messages == [f"tofu_fx: nothing was accelerated: {why}"]
     assert same_bits(outputs, model(X))
 
 

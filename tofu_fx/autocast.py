@@ -1,8 +1,8 @@
 """Autocast regions inside of a graph, followed by whoever computes its nodes one by one.
 
-A region is two nodes, ``_enter_autocast(device, dtype, enabled, cache)`` and ``_exit_autocast(enter)``. While a graph is
-traced with make_fx, or while its fake values are computed, calling them only records them: the dtypes of all that lies
-between would be those without autocast.
+A region is two nodes, ``_enter_autocast(device, dtype, enabled, cache)`` and ``_exit_autocast(enter)``. While a graph
+is traced with make_fx, or while its fake values are computed, calling them only records them: the dtypes of all that
+lies between would be those without autocast.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def rewrite(
         logger.info(message)
         return Outcome(compilation, message, notes)
     if not compilation.sites:
-        why = "the graph has no attention"
+        why = "the graph has no attention between pairs of tokens (linear attention has none)"
     elif not any(site.matched for site in compilation.sites):
         reasons = list(dict.fromkeys(f"{site.id}: {site.decline}" for site in compilation.sites))
         why = "every attention was declined: " + "; ".join(reasons[:3]) + ("; ..." if len(reasons) > 3 else "")

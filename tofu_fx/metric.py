@@ -83,7 +83,16 @@ class Metric:
         attention = self.site.attention
         axes = self.rewriter.tracer.of(attention.key)
         atoms = token_atoms((axes[attention.key_tokens % len(axes)],))
-        return atoms[0] if atoms else self.stream.run
+        return atoms[0] if atoms else self._first_run(attention.key, attention.key_tokens)
+
+    def _first_run(self, source: Node, place: int) -> Atom:
+        """The run of keys or queries from before the stream starts: its own, and null tokens at the ends."""
+        tracer, attention, run = self.rewriter.tracer, self.site.attention, self.stream.run
+        own = tracer.space.flat(tracer.of(attention.query)[attention.query_tokens])
+        other = tracer.space.flat(tracer.of(source)[place])
+        if own is None or other is None or own.base is not other.base:
+            return run
+        return Atom(run.base, run.offset + other.offset - own.offset, other.size)
 
     def _vectors(self, source: Node, place: int, feature: int, mean_heads: bool) -> tuple[Node, Atom]:
         """Queries or keys as ``[B, N, M]``, and the run of tokens that they are of."""
@@ -92,7 +101,7 @@ class Metric:
         place, feature = (d % len(axes) for d in (place, feature))
         node = rewriter.env[source, rewriter.native.get(source, 0)]
         if not token_atoms((axes[place],)):
-            axes[place] = (stream.run,)  # the stream's first site: its keys were made before the stream starts
+            axes[place] = (self._first_run(source, place),)
         run = axes[place][0]
         if rewriter.native.get(source, 0) != version:
             raise Barrier("the keys are not of the tokens that are reduced")

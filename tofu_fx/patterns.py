@@ -24,6 +24,7 @@ _BETWEEN = tuple(
     "minimum maximum permute transpose linear expand "
     "view reshape flatten unflatten _unsafe_view unsqueeze squeeze copy".split()
 )
+_PROJECTIONS = ("linear", "layer_norm", "rms_norm", "batch_norm")  # behind them is another part of the block
 _FAR = 24  # ops between a product and its softmax; in 77 real models there were at most 9
 
 
@@ -49,7 +50,7 @@ def _written(softmax: Node) -> Attention | None:
     scores = _nearest(softmax.args[0], back=True)  # type: ignore[arg-type]
     value_product = _nearest(softmax, back=False)
     if scores is None or value_product is None:
-        return None
+        return _strange(softmax, scores, value_product)
     rank = softmax.meta["val"].dim()
     dim = int(argument(softmax, "dim")) % rank
     if dim not in (rank - 1, rank - 2):
@@ -63,6 +64,21 @@ def _written(softmax: Node) -> Attention | None:
     if dim == rank - 1:  # q [.., L, E] @ k^T [.., E, S]
         return Attention(value_product, left, -2, -1, right, -1, -2, scores, softmax, -2, -1, *ways)
     return Attention(value_product, right, -1, -2, left, -2, -1, scores, softmax, -1, -2, *ways)
+
+
+def _strange(softmax: Node, scores: Node | None, value_product: Node | None) -> Attention | None:
+    """An attention with something else around its softmax (head mixing by a convolution, a sliding window)."""
+    ahead = scores or _nearest(softmax.args[0], back=True, any_op=True)  # type: ignore[arg-type]
+    behind = value_product or _nearest(softmax, back=False, any_op=True)
+    if ahead is None or behind is None or not is_op(ahead, "matmul", "bmm", "einsum"):
+        return None
+    operands = ahead.args[1] if is_op(ahead, "einsum") else ahead.args[:2]
+    query, key = operands[0], operands[-1]  # type: ignore[index]
+    assert isinstance(query, Node)
+    assert isinstance(key, Node)
+    way = _way(ahead, softmax, any_op=True)[1:] if scores is None else _way(softmax, behind, any_op=True)[1:]
+    strange = next(node for node in way if not is_op(node, *_BETWEEN))
+    return Attention(behind, query, -2, -1, key, -2, -1, strange=strange)
 
 
 def _from_einsum(scores: Node, softmax: Node, dim: int, value_product: Node) -> Attention | None:
@@ -99,13 +115,13 @@ def _from_einsum(scores: Node, softmax: Node, dim: int, value_product: Node) -> 
     )
 
 
-def _way(start: Node, end: Node) -> tuple[Node, ...]:
+def _way(start: Node, end: Node, any_op: bool = False) -> tuple[Node, ...]:
     """The nodes from ``start`` to the input through which ``end`` reads it, by the shortest way back."""
     came: dict[Node, Node] = {}
     todo = deque([end])
     while todo and start not in came:
         node = todo.popleft()
-        for value in tensor_inputs(node) if node is end or is_op(node, *_BETWEEN) else ():
+        for value in tensor_inputs(node) if any_op or node is end or is_op(node, *_BETWEEN) else ():
             if value not in came:
                 came[value] = node
                 todo.append(value)
@@ -115,14 +131,15 @@ def _way(start: Node, end: Node) -> tuple[Node, ...]:
     return tuple(way)
 
 
-def _nearest(start: Node, back: bool) -> Node | None:
+def _nearest(start: Node, back: bool, any_op: bool = False) -> Node | None:
     """The nearest product reached through the ops that may stand between it and the softmax."""
     todo, seen = deque([(start, 0)]), {start}
     while todo:
         node, far = todo.popleft()
         if (is_op(node, *PRODUCTS) and node is not start) or (back and is_op(node, *PRODUCTS)):
             return node
-        if far > _FAR or not (is_op(node, *_BETWEEN) or (node is start and not back)):
+        known = is_op(node, *_BETWEEN) or (any_op and not is_op(node, *_PROJECTIONS))
+        if far > _FAR or not (known or (node is start and not back)):
             continue
         for other in tensor_inputs(node) if back else node.users:
             if other not in seen:

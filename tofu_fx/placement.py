@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterator
 
 from torch.fx import Node
 
 from tofu_fx.graphs import argument, is_op
 from tofu_fx.planning.site import Decline, Site
-from tofu_fx.tokens import Atom
+from tofu_fx.tokens import Atom, hint
 from tofu_fx.tracer import AxisTracer
 
 _NEAR_THE_END = 16  # a token that the graph takes by its position this near an end is a prefix or suffix token
@@ -19,7 +20,7 @@ _FAR = 200  # nodes: a block of the deepest model met has 60
 def place_site(site: Site, plain: AxisTracer, order: dict[Node, int]) -> None:
     """Find the residual add of a site, or decline it."""
     attention = site.attention
-    keys = plain.space.flat(plain.of(attention.key)[attention.key_tokens])
+    keys = plain.space.flat(plain.of(attention.query)[attention.query_tokens])
     if keys is None or keys.size < 2:
         site.decline = Decline("there is one token", attention.node)
         return
@@ -36,13 +37,23 @@ def place_site(site: Site, plain: AxisTracer, order: dict[Node, int]) -> None:
                         f"too few tokens: {site.tokens}, of which {site.lead + site.tail} are protected", node
                     )
                 return
-            site.decline = Decline(
-                "the attention's tokens are not the residual stream's (windows, or a reshape before the add)",
-                node,
-            )
+            site.decline = Decline(_not_of_the_stream(site, node), node)
             return
         reached.add(node)
-    site.decline = Decline("no residual add follows the attention", attention.node)
+    site.decline = Decline("no add joins the attention with the tokens that its queries come from", attention.node)
+
+
+def _not_of_the_stream(site: Site, node: Node) -> str:
+    """Why the tokens of an attention are not those of the residual stream that its branch is added to."""
+    shape = [hint(size) for size in node.meta["val"].shape]
+    for sizes in (shape[1:-1], shape[2:]):  # channels last, channels first
+        if len(sizes) > 1 and math.prod(sizes) == site.tokens:
+            grid = " x ".join(map(str, sizes))
+            return f"the residual stream is a map of {grid} tokens here, from which no single token can be removed"
+    return (
+        f"attention within groups of {site.tokens} tokens (windows, frames, rows), which the residual stream does not "
+        "keep apart: it would not fit together again"
+    )
 
 
 def next_branch(start: Node, order: dict[Node, int]) -> Node | None:

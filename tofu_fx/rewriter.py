@@ -150,7 +150,7 @@ class Rewriter:
             if bias is not None:
                 mapping[node.args[0]] = self.emit.call(aten.add.Tensor, mapping[node.args[0]], bias)
             new = self.copy(node, mapping)
-        version = newest[self._number(node)] if self.tracer.tokens(node) else 0
+        version = newest.get(self._number(node), 0) if self.tracer.tokens(node) else 0
         self.env[node, version] = new
         if version:
             self.native[node] = version

@@ -135,8 +135,10 @@ def reduction(kind: str) -> Rule:
         if any(_has_tokens(axes[d]) for d in dims):
             if kind == "other":
                 raise Barrier("a statistic over tokens")
-            if len(token_atoms(axes)) != 1 or any(_has_tokens(axes[d]) and len(axes[d]) > 1 for d in dims):
+            if any(_has_tokens(axes[d]) and len(axes[d]) > 1 for d in dims):
                 raise Barrier("a reduction over tokens that are merged with another axis")
+            if kind != "max" and len(token_atoms(axes)) != 1:
+                raise Barrier("a sum over tokens, for each of other tokens")
             tracer.drop()
             if kind != "max":
                 tracer.pools[node] = kind

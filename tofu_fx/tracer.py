@@ -182,7 +182,7 @@ class AxisTracer:
         if rule is None:
             if carries:
                 self.unknown_ops[str(node.target)] = self.unknown_ops.get(str(node.target), 0) + 1
-                raise Barrier("no rule says how it carries tokens")
+                raise Barrier(f"no rule says how {node.target} carries tokens")
             return self._fresh(node) or ()
         axes = rule(self, node)
         self._check(node, axes)

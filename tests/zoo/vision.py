@@ -34,7 +34,7 @@ TIMM: dict[str, Entry] = {
     "dinov2": _timm("vit_small_patch14_dinov2", 84, 14),
     "dinov2_registers": _timm("vit_small_patch14_reg4_dinov2", 84, 14, prefix=5),
     "clip": _timm("vit_base_patch16_clip_224", 96, 16),
-    "siglip": _timm("vit_base_patch16_siglip_224", 96, 16, prefix=0, declined=("are different tokens",)),
+    "siglip": _timm("vit_base_patch16_siglip_224", 96, 16, prefix=0, declined=("attention pooling",)),
     "beit": _timm("beit_base_patch16_224", 96, 16),
     "eva02": _timm("eva02_tiny_patch14_224", 84, 14),
     "relpos": _timm("vit_relpos_small_patch16_224", 96, 16, prefix=0),
@@ -65,7 +65,7 @@ TRANSFORMERS: dict[str, Entry] = {
         transformers.SiglipVisionConfig,
         prefix=0,
         whole=True,
-        declined=("are different tokens",),
+        declined=("attention pooling",),
     ),
     "hf_beit": _hf(transformers.BeitModel, transformers.BeitConfig, whole=True, use_relative_position_bias=True),
 }

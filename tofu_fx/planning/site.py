@@ -36,6 +36,8 @@ class Attention:
     after: tuple[Node, ...] = ()
     mask: Node | None = None
     causal: bool = False
+    #: an op between the products and the softmax that is none of those known to stand there
+    strange: Node | None = None
 
 
 @dataclass(frozen=True)

@@ -157,14 +157,22 @@ def _variant(r: int, options: Mapping[str, Any] | None, step: int | None, strate
             last = chosen[step]
             rows = [row.model_copy(update={"r": r if i <= last else 0}) for i, row in enumerate(rows)]
             rows[last] = rows[last].model_copy(update={"strategy": strategy})
+        left: dict[int, int] = {}
+        for i, site in enumerate(site for site in compilation.sites if site.matched):
+            count = left.setdefault(site.stream, site.tokens)
+            rows[i] = rows[i].model_copy(update={"r": min(rows[i].r, site.cap(count))})
+            left[site.stream] = count - rows[i].r
         return {**kept, "plan": Plan(sites=rows)}
 
     return variant
 
 
 def _steps(sites: int, most: int) -> list[int]:
-    """The sites at which the meaning is proved: the first ones and the last."""
-    return list(range(sites)) if sites <= most else [*range(most - 1), sites - 1]
+    """The sites at which the meaning is proved: the first ones and the last; of one, the first.
+
+    Behind the last site often only protected tokens are read, which proves little.
+    """
+    return list(range(sites)) if sites <= most else [*range(max(most - 1, 1)), sites - 1][:most]
 
 
 def _complaints(reduced: Any, plain: Any) -> list[str]:

@@ -1,0 +1,23 @@
+"""Every model of the catalogue: what is found in it, and the proofs. docs/models.md shows the same."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.zoo import CATALOGUE
+from tofu_fx.testing import prove
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_model_is_accelerated_and_right_or_says_why_not(name: str) -> None:
+    case = CATALOGUE[name]
+    args, kwargs = case.inputs()
+    proofs = prove(case.model(), *args, steps=2, **kwargs)
+    assert not proofs.failures
+    reasons = [str(site.decline) for site in proofs.sites if not site.matched]
+    assert (len(proofs.matched), len(reasons)) == (case.sites, len(case.declined)), reasons
+    for words, reason in zip(case.declined, reasons, strict=True):
+        assert words in reason
+    if case.reason:
+        assert any(case.reason in message for message in proofs.messages)
+    assert case.sites or case.declined or case.reason

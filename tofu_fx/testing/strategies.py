@@ -1,0 +1,100 @@
+"""Hypothesis strategies: transformers in the ways people write them, and raw FX graphs of ATen ops over tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tofu_fx.demo.extra import MissingExtraError
+from tofu_fx.testing.compare import randomise
+from tofu_fx.testing.raw_graphs import ALIKE, BY_PLACE, IN_PLACE, GraphBuilder, RawGraph
+from tofu_fx.testing.spec import Spec
+from tofu_fx.testing.transformers import Transformer
+
+try:
+    from hypothesis import strategies as st
+except ModuleNotFoundError as error:
+    raise MissingExtraError(
+        "tofu_fx.testing.strategies needs hypothesis, which is not installed: pip install hypothesis"
+    ) from error
+
+
+@dataclass(frozen=True)
+class DrawnTransformer:
+    """A transformer in eval mode and what it is called with; `made` makes it again from what is shown of it."""
+
+    spec: Spec
+    batch: int
+    seed: int
+    model: Transformer = field(repr=False, compare=False)
+    inputs: tuple[Tensor, ...] = field(repr=False, compare=False)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(f"made({self.spec}, {self.batch}, {self.seed})")
+
+
+def made(spec: Spec, batch: int = 2, seed: int = 0) -> DrawnTransformer:
+    """The transformer of a spec with random parameters."""
+    torch.manual_seed(seed)
+    model = Transformer(spec)
+    randomise(model, seed)
+    return DrawnTransformer(spec, batch, seed, model, model.example_inputs(batch, seed))
+
+
+@st.composite
+def specs(draw: st.DrawFn, **fixed: Any) -> Spec:
+    """Any way to write a transformer; what is passed by name is not drawn."""
+
+    def one_of(name: str, *ways: Any) -> Any:
+        return fixed[name] if name in fixed else draw(st.sampled_from(ways))
+
+    pooling = one_of("pooling", "class", "mean", "mean_patches", "max", "tokens", "conv", "attention")
+    drawn = {
+        "pooling": pooling,
+        "depth": one_of("depth", 1, 2, 3),
+        "prefix": draw(st.integers(1 if pooling == "class" else 0, 4)),
+        "suffix": draw(st.integers(0, 2)) if pooling in ("class", "tokens", "max") else 0,
+        "layout": one_of("layout", "BNC", "NBC", "merged"),
+        "norm": one_of("norm", "pre", "post", "sandwich"),
+        "parallel": one_of("parallel", "none", "branches first", "one by one"),
+        "attention": one_of("attention", "sdpa", "matmul", "einsum", "bmm"),
+        "residual": one_of("residual", "plain", "branch_scaled", "stream_scaled"),
+        "mask": one_of("mask", "none", "additive", "bool", "padding", "relative"),
+        "positions": one_of("positions", "once", "every block", "queries and keys"),
+        "skip": one_of("skip", "none", "concatenate", "add"),
+        "alias": one_of("alias", "none", "view_as", "detach", "clone", "identity", "contiguous", "slice"),
+        "reshape": one_of("reshape", "none", "flatten", "features", "swap"),
+        "grid": one_of("grid", (3, 4), (2, 5), (4, 4), (3, 3)),
+    }
+    for name in ("fused_qkv", "layer_scale", "dropout", "qk_norm", "rotary", "in_place", "dead_code"):
+        drawn[name] = draw(st.booleans())
+    return Spec(**{**drawn, **fixed})
+
+
+@st.composite
+def transformers(draw: st.DrawFn, **fixed: Any) -> DrawnTransformer:
+    """A small transformer with random parameters and inputs; fields of its `Spec` passed by name are not drawn."""
+    return made(draw(specs(**fixed)), draw(st.integers(1, 3)), draw(st.integers(0, 3)))
+
+
+@st.composite
+def fx_graphs(draw: st.DrawFn, by_place: bool = True, in_place: bool = True, most: int = 8) -> RawGraph:
+    """A raw graph of ATen ops over two streams ``[B, N, C]``, with aliases, views and dead code.
+
+    Args:
+        draw: hypothesis's own.
+        by_place: with steps that tell tokens apart (cat, slice and split of tokens, position tables).
+        in_place: with ops that change their input, or what a view of it shows.
+        most: steps at most; each is one to four nodes.
+    """
+    graph = GraphBuilder(draw(st.integers(0, 3)))
+    steps = [*ALIKE, *(IN_PLACE if in_place else ()), *(BY_PLACE if by_place else ())]
+    for step in draw(st.lists(st.sampled_from(steps), min_size=1, max_size=most)):
+        result = step(graph, draw(st.sampled_from(graph.values)), draw(st.sampled_from(graph.values)))
+        if draw(st.integers(0, 5)):  # else dead code, unless it changed something in place
+            graph.values.append(result)
+    results = draw(st.lists(st.sampled_from(graph.values), min_size=1, max_size=3))
+    return graph.finish(results, draw(st.sampled_from((None, "mean", "max"))))
