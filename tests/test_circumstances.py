@@ -200,6 +200,19 @@ def test_both_halves_of_a_model_with_a_graph_break_are_reduced() -> None:
 
 
 @torch.no_grad()
+def test_fragment_without_any_product_between_two_breaks_is_no_news() -> None:
+    def fragment(x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        x = x * 2 + 1
+        torch._dynamo.graph_break()
+        return x.relu()
+
+    found, messages = said(lambda: reduced(fragment)(images()))
+    assert not messages
+    assert found.min() >= 0
+
+
+@torch.no_grad()
 def test_model_compiled_by_blocks_is_reduced_alike_in_each_and_says_what_that_is_worth() -> None:
     model, x = vit(), images()
     plain = model(x)

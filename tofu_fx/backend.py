@@ -21,6 +21,7 @@ from tofu_fx.errors import OptionError, PassError, PlanError, TofuError, TofuWar
 from tofu_fx.inputs import carry_over, fake_mode_of
 from tofu_fx.options import Options
 from tofu_fx.pipeline import run_pipeline
+from tofu_fx.planning.flops import node_flops
 
 logger = logging.getLogger("tofu_fx")
 
@@ -112,6 +113,9 @@ def rewrite(
     else:
         why = "the options or the plan take no token from any attention site"
     message = f"nothing was accelerated: {why}"
+    if not compilation.sites and not any(node_flops(node) for node in compilation.gm.graph.nodes):
+        logger.info(message)  # a fragment between two graph breaks: there was nothing to accelerate
+        return Outcome(compilation, message, notes)
     return Outcome(compilation, message, (*notes, message))
 
 

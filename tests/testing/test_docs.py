@@ -1,21 +1,37 @@
-"""Every snippet of docs/testing.md runs."""
+"""Every snippet of docs/testing.md and docs/rules.md runs."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 
-TEXT = (Path(__file__).parents[2] / "docs" / "testing.md").read_text(encoding="utf-8")
-SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+DOCS = Path(__file__).parents[2] / "docs"
+TEXT = (DOCS / "testing.md").read_text(encoding="utf-8")
+
+
+def snippets(text: str) -> list[str]:
+    return [textwrap.dedent(found) for found in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)]
+
+
+SNIPPETS = snippets(TEXT)
 
 
 @pytest.mark.parametrize("number", range(len(SNIPPETS)))
 def test_snippets_run(number: int, tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", SNIPPETS[number]], cwd=tmp_path, capture_output=True, text=True)
+    run(SNIPPETS[number], tmp_path)
+
+
+def test_a_rule_as_the_contributors_page_writes_it(tmp_path: Path) -> None:
+    run("\n".join(snippets((DOCS / "rules.md").read_text(encoding="utf-8"))), tmp_path)
+
+
+def run(code: str, folder: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
