@@ -30,14 +30,14 @@ class Rates:
 
 
 def rates_of(device: torch.device, dtype: torch.dtype) -> Rates:
-    """Typical rates of a kind of device; on CPU for the threads that torch uses.
+    """Typical rates of a kind of device.
 
-    CPU: measured with float32 on AVX512 cores (60 GFLOP/s a thread in a linear layer; 50 us for `tofu::fuse_tokens` on
-    74 tokens, and what it adds to the attention behind it). Elsewhere: not measured; the constant is that of thirty
-    kernel launches.
+    CPU: measured with float32 on AVX512 cores (60 GFLOP/s a thread in a linear layer, up to four threads, which is
+    about as far as products of this size gain; 50 us for `tofu::fuse_tokens` on 74 tokens, and what it adds to the
+    attention behind it). Elsewhere: not measured; the constant is that of thirty kernel launches.
     """
     if device.type == "cpu":
-        return Rates(60e9 * torch.get_num_threads(), 8e9, 70e-6)
+        return Rates(60e9 * min(torch.get_num_threads(), 4), 8e9, 70e-6)
     return Rates(200e12 if dtype.itemsize == 2 else 25e12, 1.5e12, 150e-6)
 
 
