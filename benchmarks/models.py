@@ -207,6 +207,7 @@ def main() -> None:
     known = json.loads(RESULTS.read_text())["rows"] if RESULTS.is_file() else {}
     rows = {name: known[name] for name in CATALOGUE if name in known}
     names = [name for name in CATALOGUE if not args.only or any(word in name for word in args.only)]
+    torch.set_grad_enabled(False)
     for name in [] if args.render else track(names, "models", console=console):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

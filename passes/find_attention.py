@@ -52,10 +52,12 @@ def _site(tracer: AxisTracer, masks: Masks, attention: Attention, name: str, pat
     site = Site(name, path, attention, dim_size(queries), heads, heads * width)
     reason = _reason(tracer, attention, queries, keys)
     if reason is None:
-        hides = masks.judge(attention, site.tokens)
+        own, read = tracer.space.flat(queries), tracer.space.flat(keys)
+        ahead = own.offset - read.offset if own and read and own.base is read.base else 0
+        hides = masks.judge(attention, site.tokens, ahead)
         site.padding, reason = hides == "keys", _MASKED.get(hides)
     if reason:
-        site.decline = Decline(reason, attention.node)
+        site.decline, site.tokens = Decline(reason, attention.node), dim_size(keys)
     return site
 
 

@@ -16,6 +16,12 @@ from torch.fx import GraphModule, Node
 from tofu_fx.compilation import Compilation
 from tofu_fx.graphs import argument, copy_graph, is_alias
 
+#: their twins return flags, where in place they keep the dtype
+_FLAGS = {
+    *("eq", "ne", "lt", "le", "gt", "ge", "not_equal", "less", "less_equal", "greater", "greater_equal"),
+    *("logical_and", "logical_or", "logical_xor", "logical_not"),
+}
+
 
 def functionalize_inplace(compilation: Compilation) -> None:
     """Rewrite the in-place ops of ``compilation.gm`` that have a functional twin and a private target."""
@@ -47,7 +53,7 @@ def _functional_twin(node: Node) -> torch._ops.OpOverload | None:
         return None
     packet = getattr(torch.ops.aten, name[:-1], None)
     twin = getattr(packet, node.target._overloadname, None)
-    if twin is None or twin._schema.is_mutable:
+    if twin is None or twin._schema.is_mutable or name[:-1] in _FLAGS:
         return None
     # The first argument, which is changed, is called "self" here and sometimes "input" there.
     same = [a.name for a in twin._schema.arguments[1:]] == [a.name for a in node.target._schema.arguments[1:]]

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from torch.fx import Graph, GraphModule, Node
 
-from tofu_fx.autocast import Autocasts
+from tofu_fx.autocast import Autocasts, is_region
 from tofu_fx.compilation import Compilation
 from tofu_fx.graphs import LITERAL, tensor_inputs
 from tofu_fx.inputs import InputFakes, faking
@@ -71,6 +71,8 @@ def _write_nodes(compilation: Compilation, inputs: InputFakes, new: Graph, regio
     barriers = {barrier.node for barrier in compilation.barriers}
     for node in old.nodes:
         compilation.at = node
+        if is_region(node):
+            rewriter.settle(node)
         regions.visit(node)
         if node.op == "placeholder":
             continue

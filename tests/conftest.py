@@ -34,11 +34,14 @@ def _fresh_dynamo() -> Any:
     torch._dynamo.reset()
 
 
+#: The models of the tests are tiny: by the true rates hardly a reduction would pay. Marker: true_rates.
+TRUE_RATES, profit.rates_of = profit.rates_of, lambda device, dtype: profit.Rates(1e-9, math.inf, 0.0)
+
+
 @pytest.fixture(autouse=True)
-def _every_reduction_pays(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The models of the tests are tiny: by the true rates hardly a reduction would pay. Marker: true_rates."""
-    if request.node.get_closest_marker("true_rates") is None:
-        monkeypatch.setattr(profit, "rates_of", lambda *device: profit.Rates(1e-9, math.inf, 0.0))
+def _true_rates(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.node.get_closest_marker("true_rates") is not None:
+        monkeypatch.setattr(profit, "rates_of", TRUE_RATES)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+import tofu_fx
 from tests.harness import relative_error, same_bits
 from tests.zoo import ZOO
 from tofu_fx.errors import TofuWarning
@@ -159,6 +160,39 @@ def test_autocast_region_inside_the_model(make: Callable[[], nn.Module]) -> None
     assert not torch.is_autocast_enabled("cpu")
 
 
+class CastAhead(nn.Module):
+    """Blocks and norm in a region; what needs whole tokens lies behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = vit()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            tokens = self.inside.head(self.inside.forward_features(x))
+        return tokens
+
+
+@torch.no_grad()
+def test_tokens_that_leave_an_autocast_region_are_restored_in_its_precision() -> None:
+    model, x = CastAhead(), images()
+    plain = model(x)
+    found = reduced(model)(x)
+    assert found.dtype == plain.dtype == torch.bfloat16
+    proofs = prove(model, x, r=R)
+    assert proofs.identity
+    assert len(proofs.matched) == 3
+    assert proofs.permutation < BFLOAT16
+    assert max(proofs.meaning) < BFLOAT16
+
+
+@torch.no_grad()
+def test_calibration_of_a_model_with_a_region_leaves_no_autocast_behind() -> None:
+    plan = tofu_fx.calibrate(Cast(), images(4), flops=0.8, inner_backend="eager", batch_size=2, progress=False)
+    assert any(row.r for row in plan.sites)
+    assert not torch.is_autocast_enabled("cpu")
+
+
 @torch.no_grad()
 def test_failure_inside_an_autocast_region_leaves_no_autocast_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> Any:
@@ -224,6 +258,39 @@ def test_model_compiled_by_blocks_is_reduced_alike_in_each_and_says_what_that_is
     assert "one block of a model" in messages[0]
     assert "compile the whole model" in messages[0]
     assert 1e-3 < relative_error(found, plain) < 2
+
+
+@torch.no_grad()
+def test_one_reduced_site_of_several_is_no_block() -> None:
+    class Stream(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = vit().blocks
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    x = torch.randn(2, 37, 48)
+    options = {"inner_backend": "eager", "on_error": "raise", "r": [0, 4, 0]}
+    _, messages = said(lambda: torch.compile(Stream(), backend="tofu", options=options)(x))
+    assert not messages
+
+
+@torch.no_grad()
+def test_block_with_a_batch_marked_dynamic_compiles_once() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = vit().blocks[0]
+
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            return self.block(x) * scale.sum()
+
+    call, x = reduced(Scaled()), torch.randn(4, 37, 48)
+    torch._dynamo.mark_dynamic(x, 0)
+    assert call(x, torch.ones(4)).shape == x.shape  # a guard on the batch would be an error here
 
 
 @torch.no_grad()

@@ -35,8 +35,10 @@ class Autocasts:
         # The flags, not torch.autocast: that one records itself in the graph that is being traced.
         before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device), torch.is_autocast_cache_enabled()
         self._open[node] = (device, *before)
-        torch.set_autocast_enabled(device, enabled)
-        torch.set_autocast_dtype(device, before[1] if dtype is None else dtype)
+        dtype = before[1] if dtype is None else dtype
+        # PyTorch switches autocast off, with a warning, for a dtype that the device does not cast to.
+        torch.set_autocast_enabled(device, enabled and dtype in (torch.bfloat16, torch.float16))
+        torch.set_autocast_dtype(device, dtype)
         torch.set_autocast_cache_enabled(before[2] if cache_enabled is None else cache_enabled)
         torch.autocast_increment_nesting()
 

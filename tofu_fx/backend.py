@@ -127,16 +127,19 @@ _ONE_BLOCK = (
 
 def _is_one_block(compilation: Compilation) -> bool:
     """Whether a stream comes in as an input, has one site, and goes out whole: a block compiled on its own."""
-    if len(compilation.reducing) != 1:
+    if len(compilation.reducing) != 1 or any(site.planned and not site.r for site in compilation.sites):
         return False
     (site,), tracer = compilation.reducing, compilation.traced
     assert site.reduce_at is not None
-    outputs = compilation.traced_outputs[:1]
-    shape = site.reduce_at.meta["val"].shape
     inputs = [n for n in tracer.graph.find_nodes(op="placeholder") if n not in compilation.model_state]
-    streams = [value for value in (*(n.meta.get("val") for n in inputs), *outputs) if isinstance(value, torch.Tensor)]
+    streams = [*(node.meta.get("val") for node in inputs), *compilation.traced_outputs[:1]]
     goes_out = any(barrier.node.op == "output" for barrier in compilation.barriers)
-    return goes_out and sum(value.shape == shape for value in streams) > 1
+    return goes_out and sum(_shape(value) == _shape(site.reduce_at.meta["val"]) for value in streams) > 1
+
+
+def _shape(value: Any) -> list[str] | None:
+    """A shape to be compared without a guard on its symbols."""
+    return [str(size) for size in value.shape] if isinstance(value, torch.Tensor) else None
 
 
 def run_once(model: Any, backend: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -68,8 +68,8 @@ class Masks:
         mutable = [node for node in self._place if getattr(getattr(node.target, "_schema", None), "is_mutable", False)]
         self._writes = [(node, set(_aliases(node))) for node in mutable]
 
-    def judge(self, attention: Attention, tokens: int) -> Hides:
-        """What the masks of an attention over so many tokens hide."""
+    def judge(self, attention: Attention, tokens: int, ahead: int = 0) -> Hides:
+        """What the masks of an attention over so many tokens hide; ``ahead`` of them the keys have null tokens."""
         ways_on = {*attention.way, *attention.after}
         if any(written & ways_on and node not in ways_on for node, written in self._writes):
             return "unseen"  # something is written into the scores or the weights themselves
@@ -77,18 +77,18 @@ class Masks:
         if not joining:
             return "nothing"
         ways = tuple((node.target, str(node.args[1:])) for node in (*attention.way[1:], *attention.after[1:]))
-        key = (tuple(sides(attention)), ways, tokens)
+        key = (tuple(sides(attention)), ways, tokens, ahead, _keys(attention))
         if key not in self._judged:
-            self._judged[key] = self._judge(attention, tokens)
+            self._judged[key] = self._judge(attention, tokens, ahead)
         return self._judged[key]
 
-    def _judge(self, attention: Attention, tokens: int) -> Hides:
+    def _judge(self, attention: Attention, tokens: int, ahead: int) -> Hides:
         making = self._making(attention)
         inputs = [n for n in making if n in self._inputs and n not in self.model_state and _is_tensor(n)]
         if len(making) > _NEAR:
             return "unseen"
         try:
-            found = [_hides(self._sees(attention, tokens, making, {}))]
+            found = [_hides(self._sees(attention, tokens, making, {}), ahead)]
             examples = {node: self._example(node) for node in inputs}
         except _Unknown:
             return "unseen"
@@ -96,7 +96,7 @@ class Masks:
             generator = torch.Generator().manual_seed(0)
             others = {node: replace(example, generator).to(example) for node, example in examples.items()}
             try:
-                hides = _hides(self._sees(attention, tokens, making, others))
+                hides = _hides(self._sees(attention, tokens, making, others), ahead)
             except _Unknown:
                 continue  # not a value that this input can take
             found.append("unseen" if hides == "later" else hides)
@@ -150,7 +150,7 @@ class Masks:
             if attention.mask is not None:
                 mask = values[attention.mask]
                 logits = torch.where(mask, 0.0, -torch.inf) if mask.dtype == torch.bool else mask
-                return visible(logits.double()).expand(*mask.shape[:-2], tokens, tokens)
+                return visible(logits.double()).expand(*mask.shape[:-2], tokens, _keys(attention))
             first, dims = attention.way[0], (attention.softmax_query_dim, attention.softmax_dim)
             logits = _blank(first).zero_()
             if _adds(attention.way):
@@ -264,9 +264,20 @@ _REPLACEMENTS: tuple[Callable[[Tensor, torch.Generator], Tensor], ...] = (
 )
 
 
-def _hides(sees: Tensor) -> Hides:
+def _keys(attention: Attention) -> int:
+    """The number of keys: the queries', and null tokens."""
+    return hint(attention.key.meta["val"].shape[attention.key_tokens])
+
+
+def _hides(sees: Tensor, ahead: int = 0) -> Hides:
+    """What is hidden by flags ``[..., Q, K]``; the queries' own tokens are the keys from ``ahead`` on."""
     if bool(sees.all()):
         return "nothing"
+    # Null tokens are never merged, but all queries must see the same of them.
+    null = torch.cat([sees[..., :ahead], sees[..., ahead + sees.shape[-2] :]], -1)
+    if bool((null != null[..., :1, :]).any()):
+        return "pairs"
+    sees = sees[..., ahead : ahead + sees.shape[-2]]
     # A key that nobody sees is padding; what padding sees does not matter.
     there = sees.any(-2)
     hidden = ~sees & there.unsqueeze(-1) & there.unsqueeze(-2)

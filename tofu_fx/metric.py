@@ -58,25 +58,25 @@ class Metric:
         attention = self.site.attention
         if kind == "features":
             return self._features()
+        emit, stream = self.rewriter.emit, self.stream
         node, run = self._vectors(attention.key, attention.key_tokens, attention.key_features, kind == "keys")
+        node = stream.trim(emit, node, run)
         if kind == "queries_keys":
             query = (attention.query, attention.query_tokens, attention.query_features)
             queries, other = self._vectors(*query, mean_heads=False)
-            if other != run:
-                raise Barrier("the queries lack tokens that the keys have, so they cannot be compared together")
-            node = self.rewriter.emit.call(aten.cat.default, [queries, node], 2)
-        if self.site.padding:
-            node = self.rewriter.emit.call(torch.ops.tofu.separate.default, node, self._valid())
-        return self.stream.trim(self.rewriter.emit, node, run)
+            node = emit.call(aten.cat.default, [stream.trim(emit, queries, other), node], 2)
+        return self._apart(node)
 
     def _features(self) -> Node:
-        emit = self.rewriter.emit
-        node = emit.call(aten.layer_norm.default, self.x, [self.x.meta["val"].shape[2]])
+        return self._apart(self.rewriter.emit.call(aten.layer_norm.default, self.x, [self.x.meta["val"].shape[2]]))
+
+    def _apart(self, node: Node) -> Node:
+        """A metric over the stream's tokens with padding, if there may be any, kept apart from the rest."""
         if not self.site.padding:
             return node
-        if self._keys_run() != self.stream.run:
-            raise Barrier("the keys have other tokens than the stream, so padding among them cannot be told")
-        return emit.call(torch.ops.tofu.separate.default, node, self._valid())
+        emit = self.rewriter.emit
+        valid = self.stream.trim(emit, self._valid(), self._keys_run())
+        return emit.call(torch.ops.tofu.separate.default, node, valid)
 
     def _keys_run(self) -> Atom:
         """The run of tokens that the keys are of: the stream's, where they were made before the stream starts."""

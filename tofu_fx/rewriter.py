@@ -6,6 +6,7 @@ on whole tokens) is simply appended where it is first needed.
 
 from __future__ import annotations
 
+import itertools
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -97,6 +98,19 @@ class Rewriter:
                 value = self.env[node, version]
                 self.env[node, 0] = stream.restore(self.emit, value, self.layout(node), version, additive=False)
         return self.env[node, 0]
+
+    def settle(self, border: Node) -> None:
+        """Make whole, ahead of the border of an autocast region, what may be wanted whole behind it.
+
+        There it would be computed in another precision. What nobody wants is dead code.
+        """
+        ahead = list(itertools.takewhile(lambda node: node is not border, self.tracer.graph.nodes))
+        seen = set(ahead)
+        for node in ahead:
+            redone = self.native.get(node, 0) and node not in self.chain and self._is_row_wise_of_chain(node)
+            if redone and any(user not in seen for user in node.users):
+                self.emit.origin = node
+                self.whole(node)
 
     def _reduced_inputs(self, node: Node) -> list[Node]:
         return [value for value in tensor_inputs(node) if self.native.get(value, 0)]

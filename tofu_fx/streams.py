@@ -116,10 +116,17 @@ class Stream:
         """For each token of a run at a version, the original token (version 0) whose place it holds, ``[B, N]``."""
         index = self._composed(emit, version)
         ahead, behind = run.lead - self.run.lead, run.tail - self.run.tail
-        if ahead > 0 or behind > 0:
-            raise Barrier("a table reaches over tokens that joined the stream later")
         index = self._cut(emit, index, 1, ahead, behind)
-        return emit.once(aten.add.Scalar, index, ahead) if ahead else index
+        index = emit.once(aten.add.Scalar, index, ahead) if ahead else index
+        if ahead <= 0 and behind <= 0:
+            return index
+        # Null tokens that only the keys have stay where they are: 0, 1, ... and ..., size - 2, size - 1.
+        column = emit.once(aten.slice.Tensor, index, 1, 0, 1)
+        ends = [(0, max(ahead, 0)), (run.size - max(behind, 0), run.size)]
+        front, back = (
+            [emit.once(aten.full_like.default, column, place) for place in range(first, last)] for first, last in ends
+        )
+        return emit.call(aten.cat.default, [*front, index, *back], 1)
 
     def _composed(self, emit: Emitter, version: int) -> Node:
         if version not in self._kept:

@@ -234,7 +234,8 @@ class Space:
         if stop - start == 1 and not any(atom.is_token for atom in dim):
             return ()
         atom = self.flat(dim)
-        assert atom is not None
+        if atom is None:  # nothing of a dim of size 1
+            return self.fresh("empty", stop - start)
         part = Atom(atom.base, atom.offset + start, stop - start)
         if not atom.is_token:
             return (part,) if step == 1 else self.fresh(f"{atom.base.name}::{step}", -(-(stop - start) // step))

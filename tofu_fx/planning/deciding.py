@@ -203,7 +203,7 @@ class Decider:
         }
         tuner.refit()
         tuner.refine(budget, ROUNDS)
-        tuner.polish(budget, TRIES, keep_strategies=self.policy == "linearity")
+        tuner.polish(budget, TRIES, keep_strategies=self.chosen_by == "linearity")
         best = tuner.best(budget)
         if best is None:
             raise CalibrationError(

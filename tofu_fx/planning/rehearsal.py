@@ -22,6 +22,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from tofu_fx import ops  # noqa: F401 - registers torch.ops.tofu
+from tofu_fx.autocast import Autocasts, is_region
 from tofu_fx.compilation import Compilation
 from tofu_fx.options import Options
 from tofu_fx.pipeline import run_pipeline
@@ -169,9 +170,10 @@ class _Run:
     def compute(self, targets: Sequence[Node]) -> None:
         """Fill ``env`` for the targets and what they need."""
         needed = self._needed(targets)
-        for node in self.rehearsal.gm.graph.nodes:
-            if node in needed and node not in self.env:
-                self.env[node] = self._value(node)
+        with Autocasts() as self.regions:
+            for node in self.rehearsal.gm.graph.nodes:
+                if node in needed and node not in self.env:
+                    self.env[node] = self._value(node)
 
     def live_at(self, place: Node) -> dict[Node, Any]:
         """The values computed ahead of a node that it or a later one reads."""
@@ -213,6 +215,8 @@ class _Run:
             return operator.attrgetter(str(node.target))(self.rehearsal.gm)
         if node in self.entries:
             return self._fuse(node)
+        if is_region(node):
+            return self.regions.visit(node)
         args, kwargs = map_arg((node.args, node.kwargs), self.env.__getitem__)
         if node.target is torch.ops.tofu.rebase.default and args[4] != "prune":  # features follow their tokens
             args = (*args[:4], self._choice(node.args[2].args[0]).strategy)  # type: ignore[union-attr]
