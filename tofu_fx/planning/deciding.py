@@ -23,8 +23,6 @@ Policy = Literal["auto", "sensitivity", "linearity"]
 
 #: rounds of search, measurement and correction
 ROUNDS = 8
-#: small changes of the best plan that are tried
-TRIES = 32
 #: shares of the sites that prune, by rising linearity, among which the threshold is chosen
 PRUNED_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 #: a measured speed-up that is so near to the target has met it: medians of single runs differ by as much
@@ -32,7 +30,7 @@ NEAR = 0.98
 #: times that a speed-up is planned for before it is given up
 ATTEMPTS = 3
 #: whole passes over the inputs at most, for one attempt
-PASSES = len(PRUNED_SHARES) + 4 + 1 + len(UNIFORM) + ROUNDS + 2 * TRIES
+PASSES = len(PRUNED_SHARES) + 4 + 1 + len(UNIFORM) + ROUNDS
 
 
 @dataclass
@@ -203,7 +201,6 @@ class Decider:
         }
         tuner.refit()
         tuner.refine(budget, ROUNDS)
-        tuner.polish(budget, TRIES, keep_strategies=self.chosen_by == "linearity")
         best = tuner.best(budget)
         if best is None:
             raise CalibrationError(

@@ -166,60 +166,6 @@ class Tuner:
             self.measure(choices)
             self.refit()
 
-    def polish(self, budget: float, tries: int, keep_strategies: bool = False) -> None:
-        """Change the best plan a little, time and again: one site's kind, or some tokens from one site to another.
-
-        The prediction takes the sites' errors as independent; what it misses for that is found here. A change is tried
-        on the samples of the survey first, and on all inputs where it helps there.
-        """
-        few = self.survey.few
-        best = self.best(budget)
-        if best is None or not best.choices:
-            return
-        least = self.loss(best.choices, few)
-        for _ in range(tries):
-            changed = self._changed(best.choices, budget, keep_strategies)
-            if changed is None:
-                break
-            loss = self.loss(changed, few)
-            if loss < least and self.measure(changed).loss < best.loss:
-                best, least = self.measured[self.key(changed)], loss
-
-    def _changed(self, choices: Choices, budget: float, keep_strategies: bool) -> Choices | None:
-        """A neighbour of a plan within a cost; None where none was found."""
-        survey = self.survey
-        used = [name for name, choice in choices.items() if choice.r]
-        for _ in range(20):
-            name = survey.random.choice(used)
-            changed = dict(choices)
-            own = choices[name].strategy, choices[name].match
-            kinds = [kind for kind in survey.sensitivity[name].curves() if kind != own]
-            kinds = [kind for kind in kinds if kind[0] == own[0] or not keep_strategies]
-            if kinds and survey.random.random() < 0.5:
-                changed[name] = Choice(*survey.random.choice(kinds), choices[name].r)
-            else:
-                other = survey.random.choice([site.id for site in self.trial.sites if site.id != name] or [name])
-                step = self.multiple * survey.random.randint(1, 3)
-                given = choices.get(other, Choice(*self.kinds[other], 0))
-                changed[name] = replace(choices[name], r=max(choices[name].r - step, 0))
-                changed[other] = replace(given, r=given.r + step)
-            changed = {key: choice for key, choice in changed.items() if choice.r}
-            new = changed and self._fits(changed) and self.key(changed) not in self.measured
-            if new and self.cost(changed) <= budget:
-                return changed
-        return None
-
-    def _fits(self, choices: Choices) -> bool:
-        """Whether no site removes more than it can."""
-        for members in self.trial.streams():
-            count = members[0].tokens
-            for site in members:
-                r = choices[site.id].r if site.id in choices else 0
-                if r > site.cap(count):
-                    return False
-                count -= r
-        return True
-
     def best(self, budget: float) -> Candidate | None:
         """The measured plan of least loss within a cost."""
         finite = [candidate for candidate in self.measured.values() if math.isfinite(candidate.loss)]
