@@ -9,17 +9,21 @@ weights that leave the graph) is given up, with that place as the reason.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import networkx as nx
 import torch
 from torch.fx import Node
 
+from tofu_fx.branches import detach_entries, place_branches
 from tofu_fx.compilation import Compilation
 from tofu_fx.graphs import is_op, value_graph
 from tofu_fx.placement import place_site, token_places
+from tofu_fx.planning.plan import Plan
 from tofu_fx.planning.site import Decline, Site
 from tofu_fx.rules import find_rule
 from tofu_fx.tokens import Atom, Axes, Base, token_atoms
-from tofu_fx.tracer import AxisTracer, Seed, trace
+from tofu_fx.tracer import AxisTracer, BarrierRecord, Seed, trace
 
 _VARYING = (
     "its number of tokens is symbolic; how many go is decided for each number, so every number is compiled on its own: "
@@ -31,15 +35,14 @@ _WORK = ("linear", "matmul", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_pr
 def find_streams(compilation: Compilation) -> None:
     """Set ``reduce_at``, ``lead``, ``tail`` and ``stream`` of each site, and the compilation's axes and barriers."""
     plain = compilation.traced
-    order = {node: i for i, node in enumerate(compilation.gm.graph.nodes)}
+    _place(compilation, plain)
     taken: dict[Node | None, Site] = {}
     for site in compilation.sites:
-        if site.matched:
-            compilation.at = site.attention.node
-            place_site(site, plain, order)
         first = taken.setdefault(site.reduce_at, site) if site.matched else site
         if first is not site:
             reason = f"it ends at the same residual add as {first.id}, where tokens are reduced once"
+            if site.placement == "branch":
+                reason = f"it reads the same tokens as {first.id}, where they are reduced once for both"
             site.decline = Decline(reason, site.attention.node)
     flow = value_graph(compilation.gm.graph)
     unknown: dict[str, int] = {}
@@ -48,7 +51,7 @@ def find_streams(compilation: Compilation) -> None:
         tracer = _trace(compilation, plain, placed)
         unknown.update(tracer.unknown_ops)  # those that cost a site are not met again once it is given up
         fatal = [barrier for barrier in tracer.barriers if barrier.fatal]
-        lost = {site.id: b for b in reversed(fatal) for site in placed if site.reduce_at in nx.ancestors(flow, b.node)}
+        lost = {site.id: b for b in reversed(fatal) for site in placed if _reaches(site, b, tracer, flow)}
         for site in placed:
             if site.id in lost:
                 site.decline = Decline(f"tokens must stay whole: {lost[site.id].reason}", lost[site.id].node)
@@ -64,10 +67,47 @@ def find_streams(compilation: Compilation) -> None:
             site.decline = Decline(reason, site.reduce_at)
 
 
+def _place(compilation: Compilation, plain: AxisTracer) -> None:
+    options, graph = compilation.options, compilation.gm.graph
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    attentions = [site.attention.node for site in compilation.sites if site.matched]
+    planned: dict[str, tuple[str, Sequence[str]]] = {}
+    if options.plan is not None:
+        planned = {row.id: (row.placement, row.branches) for row in Plan.load(options.plan).sites}
+    for site in compilation.sites:
+        if not site.matched:
+            continue
+        compilation.at = site.attention.node
+        placement, kinds = planned.get(site.id, (options.placement, options.branches))
+        if placement == "branch":
+            place_branches(site, plain, order, kinds, attentions)
+        else:
+            place_site(site, plain, order)
+    for site in compilation.sites:
+        if site.matched and site.placement == "branch":
+            detach_entries(site, plain)
+    graph.lint()
+
+
+def _reaches(site: Site, barrier: BarrierRecord, tracer: AxisTracer, flow: nx.DiGraph[Node]) -> bool:
+    """Whether tokens that a site removes are missing at a barrier."""
+    assert site.reduce_at is not None
+    if site.placement == "branch" and barrier.values:
+        entered = {atom.base for branch in site.branches for atom in tracer.tokens(branch.enter)}
+        return any(atom.base in entered for value in barrier.values for atom in tracer.tokens(value))
+    return site.reduce_at in nx.ancestors(flow, barrier.node)
+
+
 def _trace(compilation: Compilation, plain: AxisTracer, placed: list[Site]) -> AxisTracer:
     seeds: dict[Node, Seed] = {}
+    branches: dict[int, frozenset[Node]] = {}
     for number, site in enumerate(placed):
         assert site.reduce_at is not None
+        if site.placement == "branch":
+            for branch in site.branches:
+                seeds[branch.enter] = _seed(site, branch.dim, branch.place, number + len(placed) * len(branches))
+                branches[number + len(placed) * len(branches)] = branch.inside
+            continue
         keys = plain.space.flat(plain.of(site.attention.query)[site.attention.query_tokens])
         assert keys is not None
         ((dim, place),) = token_places(plain, site.reduce_at, keys)
@@ -76,7 +116,7 @@ def _trace(compilation: Compilation, plain: AxisTracer, placed: list[Site]) -> A
     nodes = frozenset(node for a in known for node in (a.node, a.softmax) if node is not None)
     scores = frozenset(a.scores for a in known if a.scores is not None)
     graph, state = compilation.gm.graph, compilation.model_state
-    return trace(lambda space: AxisTracer(graph, find_rule, state, seeds, nodes, scores, space))
+    return trace(lambda space: AxisTracer(graph, find_rule, state, seeds, nodes, scores, space, branches))
 
 
 def _seed(site: Site, dim: int, place: int, number: int) -> Seed:
@@ -90,6 +130,7 @@ def _seed(site: Site, dim: int, place: int, number: int) -> Seed:
             return axes
         base = Base(f"tokens{number}", site.tokens - site.lead - site.tail, "token", number)
         tokens, atoms = Atom(base, -site.lead, site.tokens), axes[dim]
+        tracer.entered[number] = atoms
         mixed = (tokens,) if place < 0 else (*atoms[:place], tokens, *atoms[place + 1 :])
         return (*axes[:dim], mixed, *axes[dim + 1 :])
 

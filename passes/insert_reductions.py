@@ -19,6 +19,7 @@ from tofu_fx.graphs import LITERAL, tensor_inputs
 from tofu_fx.inputs import InputFakes, faking
 from tofu_fx.layout import Emitter
 from tofu_fx.placement import next_branch
+from tofu_fx.planning.sharing import share_matches
 from tofu_fx.planning.site import Decline, Site
 from tofu_fx.rewriter import Rewriter
 from tofu_fx.tokens import Barrier
@@ -43,8 +44,10 @@ def insert_reductions(compilation: Compilation) -> None:
         if compilation.rehearsed is not None:
             compilation.rehearsed = []
         try:
+            share_matches(compilation.reducing, compilation.options.reuse if compilation.rehearsed is None else "block")
             compilation.gm = GraphModule(compilation.gm, _write(compilation))
-            compilation.token_counts = [site.tokens_out for site in compilation.reducing if compilation.shared_kernels]
+            own = [site for site in compilation.reducing if site.shares is None]
+            compilation.token_counts = [site.tokens_out for site in own if compilation.shared_kernels]
             return
         except _SiteLost as lost:
             _give_up_site(compilation, lost.site, str(lost))
@@ -66,8 +69,12 @@ def _write_nodes(compilation: Compilation, inputs: InputFakes, new: Graph, regio
     old, rewriter = compilation.gm.graph, Rewriter(compilation, Emitter(new))
     for node in old.find_nodes(op="placeholder"):
         rewriter.env[node, 0] = inputs.copy(new, node)
-    counts = {site.reduce_at: inputs.token_count(new, site) for site in compilation.reducing}
-    reductions = {site.reduce_at: (number, site) for number, site in enumerate(compilation.reducing)}
+    counts = {site.id: inputs.token_count(new, site) for site in compilation.reducing if site.shares is None}
+    reductions = {
+        branch.enter if branch else site.reduce_at: (number, site, branch)
+        for number, site in enumerate(compilation.reducing)
+        for branch in site.branches or (None,)
+    }
     barriers = {barrier.node for barrier in compilation.barriers}
     for node in old.nodes:
         compilation.at = node
@@ -86,9 +93,13 @@ def _write_nodes(compilation: Compilation, inputs: InputFakes, new: Graph, regio
         elif not node.meta.get(LITERAL):
             _serve(compilation, rewriter, node)
         if node in reductions:
-            number, site = reductions[node]
+            number, site, branch = reductions[node]
+            count = counts[(site.shares or site).id]
             try:
-                rewriter.reduce(site, counts[node], seed=number)
+                if branch is None:
+                    rewriter.reduce(site, count, seed=number)
+                else:
+                    rewriter.enter(site, branch, count, seed=number)
             except Barrier as barrier:
                 raise _SiteLost(site, str(barrier)) from None
 

@@ -84,9 +84,9 @@ def module_path(node: Node) -> str:
     if not stack:
         return ""
     path = list(stack.values())[-1][0]
+    path = re.sub(r"(?:\._modules|\.__dict__\['_modules'\])\['([^']+)'\]", r".\1", path)
     path = re.sub(r"^L\['self'\]\.?", "", path)
     path = re.sub(r"^L\['(\w+)'\]", r"\1", path)
-    path = re.sub(r"\._modules\['([^']+)'\]", r".\1", path)
     return re.sub(r"\['?([^'\]]+)'?\]", r".\1", path).replace("getattr", "").strip(".")
 
 

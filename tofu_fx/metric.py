@@ -99,7 +99,9 @@ class Metric:
         stream, version, rewriter = self.stream, self.version, self.rewriter
         axes = list(rewriter.tracer.of(source))
         place, feature = (d % len(axes) for d in (place, feature))
-        node = rewriter.env[source, rewriter.native.get(source, 0)]
+        node = rewriter.env.get((source, rewriter.native.get(source, 0)))
+        if node is None:
+            node = rewriter.ahead(source)
         if not token_atoms((axes[place],)):
             axes[place] = (self._first_run(source, place),)
         run = axes[place][0]

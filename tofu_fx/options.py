@@ -12,6 +12,8 @@ from tofu_fx.errors import OptionError
 
 Strategy = Literal["auto", "prune", "mean", "mlerp"]
 Match = Literal["keys", "heads", "queries_keys", "features"]
+BranchKind = Literal["attention", "mlp", "cross"]
+Reuse = Literal["none", "block", "resolution"]
 
 
 class Options(BaseModel):
@@ -36,7 +38,29 @@ class Options(BaseModel):
     and match better."""
 
     placement: Literal["auto", "stream", "branch"] = "auto"
-    """Where tokens are reduced: "stream" (the residual stream, after the attention's add) is what "auto" takes."""
+    """Where tokens are reduced: "stream" (the residual stream, after the attention's add) is what "auto" takes.
+    "branch" reduces what goes into the attention and restores it before the residual add, which keeps every token."""
+
+    branches: tuple[BranchKind, ...] = ("attention",)
+    """With placement "branch": which branches of a block run on fewer tokens; "attention", and "mlp" or "cross" (the
+    queries of cross-attention) besides."""
+
+    cell: int = Field(default=2, ge=2)
+    """With placement "branch", where the tokens are an image's: one token stays in each cell of ``cell`` x ``cell``, so
+    that ratios up to 1 - 1 / cell^2 are possible."""
+
+    seed: int | None = Field(default=None, ge=0)
+    """Which token of a cell stays: its first one (None), or one picked by the seed, the same on every run."""
+
+    grid: tuple[int, int] | None = None
+    """Height and width of the image's tokens, for models that get their tokens already flattened (Flux)."""
+
+    max_downsample: Literal[1, 2, 4, 8] | None = None
+    """With placement "branch": sites whose grid is so many times smaller (each side) than the largest are left alone;
+    None is 1."""
+
+    reuse: Reuse = "block"
+    """With placement "branch": branches of one "block" share one match, all sites of one "resolution" do, or "none"."""
 
     proportional_attention: Literal["auto"] | bool = "auto"
     """Add log(size) to the logits of keys that stand for several tokens. "auto" does wherever sizes exist."""
@@ -69,6 +93,11 @@ class Options(BaseModel):
     def _listed_r(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
 
+    @field_validator("branches", "grid", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
     @model_validator(mode="after")
     def _consistent(self) -> Options:
         given = [key for key in ("ratio", "r", "plan") if getattr(self, key) is not None]
@@ -80,8 +109,8 @@ class Options(BaseModel):
         counts = self.r if isinstance(self.r, tuple) else (self.r or 0,)
         if any(count < 0 for count in counts):
             raise ValueError(f"'r' must not be negative, got {self.r}")
-        if self.placement == "branch":
-            raise ValueError("placement 'branch' is not built yet; use 'stream' or 'auto'")
+        if "attention" not in self.branches:
+            raise ValueError("'branches' must have 'attention': the others use its match")
         if self.inner_backend != "inductor" and (self.inductor or self.mode):
             raise ValueError(f"'mode' and 'inductor' need inner_backend 'inductor', not {self.inner_backend!r}")
         return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch.fx import Node
 
@@ -25,13 +25,13 @@ def place_site(site: Site, plain: AxisTracer, order: dict[Node, int]) -> None:
         site.decline = Decline("there is one token", attention.node)
         return
     reached = {attention.node}
-    for node in sorted(_descendants(attention.node, order), key=order.__getitem__):
+    for node in sorted(descendants(attention.node, order), key=order.__getitem__):
         if not any(value in reached for value in node.all_input_nodes):
             continue
         if is_op(node, "add") and _joins_residual(node, reached, attention.query, plain):
             if len(token_places(plain, node, keys)) == 1:
                 site.reduce_at = node
-                site.lead, site.tail = _protected(keys, plain)
+                site.lead, site.tail = protected(keys, plain)
                 if site.tokens - site.lead - site.tail < 2:
                     site.decline = Decline(
                         f"too few tokens: {site.tokens}, of which {site.lead + site.tail} are protected", node
@@ -59,7 +59,7 @@ def _not_of_the_stream(site: Site, node: Node) -> str:
 def next_branch(start: Node, order: dict[Node, int]) -> Node | None:
     """What the first residual add behind a node of the stream adds to it; None where there is none near."""
     came_from: dict[Node, set[Node]] = {start: set()}  # each node with those between the start and it
-    for node in sorted(_descendants(start, order), key=order.__getitem__):
+    for node in sorted(descendants(start, order), key=order.__getitem__):
         inputs = [value for value in node.all_input_nodes if value in came_from]
         if is_op(node, "add") and len(inputs) == 2:
             skip, branch = sorted(inputs, key=order.__getitem__)
@@ -77,7 +77,7 @@ def token_places(plain: AxisTracer, node: Node, tokens: Atom) -> list[tuple[int,
     return places or [(i, -1) for i, dim in enumerate(axes) if plain.space.flat(dim) == tokens]
 
 
-def _descendants(start: Node, order: dict[Node, int]) -> Iterator[Node]:
+def descendants(start: Node, order: Mapping[Node, int]) -> Iterator[Node]:
     """What is computed from a node, in graph order, as far as a block can reach (a bounded walk: linear in layers)."""
     seen, todo = {start}, [(order[start], start)]
     while todo and len(seen) < _FAR:
@@ -108,7 +108,7 @@ def _joins_residual(node: Node, reached: set[Node], query: Node, plain: AxisTrac
     return False
 
 
-def _protected(tokens: Atom, plain: AxisTracer) -> tuple[int, int]:
+def protected(tokens: Atom, plain: AxisTracer) -> tuple[int, int]:
     """Prefix and suffix tokens, from both ends of the graph.
 
     Ahead: what was concatenated that does not depend on the input (the run's positions outside of its base).

@@ -22,8 +22,8 @@ from tofu_fx.graphs import LITERAL, argument, is_op, tensor_inputs
 from tofu_fx.layout import Count, Emitter, Layout, align, aten
 from tofu_fx.metric import Metric, batch_of
 from tofu_fx.options import Match
-from tofu_fx.planning.site import Rehearsed, Site
-from tofu_fx.streams import Stream
+from tofu_fx.planning.site import Branch, Rehearsed, Site
+from tofu_fx.streams import Stream, Version
 from tofu_fx.tokens import Axes, Barrier, hint, token_atoms, token_dim
 from tofu_fx.tracer import AxisTracer
 
@@ -43,6 +43,8 @@ class Rewriter:
     native: dict[Node, int] = field(default_factory=dict)
     #: nodes that are the residual stream since its last reduction, with nothing but additions in between
     chain: set[Node] = field(default_factory=set)
+    #: site id -> the reduction of its branch, which other branches may share
+    matches: dict[str, Version] = field(default_factory=dict)
     _row_wise: dict[Node, bool] = field(default_factory=dict)
 
     @property
@@ -78,22 +80,32 @@ class Rewriter:
             self.env[node, version] = stream.rebase(self.emit, previous, self.layout(node), version)
         return self.env[node, version]
 
-    def whole(self, node: Node) -> Any:
+    def ahead(self, node: Node) -> Any:
+        """The node on whole tokens, ahead of its place in the graph: the keys of a branch that is to be entered."""
+        if (node, 0) not in self.env:
+            for value in node.all_input_nodes:
+                if not value.meta.get(LITERAL):
+                    self.ahead(value)
+            self.env[node, 0] = self.copy(node, {})
+        return self.env[node, 0]
+
+    def whole(self, node: Node, copied: bool = False) -> Any:
         """The node with all the tokens of the traced graph.
 
         At the residual stream this is a restore. What each token alone decides after it (the final norm, a head, its
-        parts) is done again on the whole tokens; anything else is a copy of each token's representative.
+        parts) is done again on the whole tokens; anything else, and what is to be ``copied`` because a branch ends
+        there that saved this work, is a copy of each token's representative.
         """
         version = self.native.get(node, 0)
         if (node, 0) not in self.env:
             stream = self.stream_of(node)
             assert stream is not None
             sources = self._reduced_inputs(node)
-            if node in self.chain:
+            if node in self.chain and not copied:
                 value = self.env[node, version]
                 self.env[node, 0] = stream.restore(self.emit, value, self.layout(node), version, additive=True)
-            elif self._is_row_wise_of_chain(node) or isinstance(node.meta["val"], (tuple, list)):
-                self.env[node, 0] = self.copy(node, {value: self.whole(value) for value in sources})
+            elif isinstance(node.meta["val"], (tuple, list)) or (not copied and self._is_row_wise_of_chain(node)):
+                self.env[node, 0] = self.copy(node, {value: self.whole(value, copied) for value in sources})
             else:
                 value = self.env[node, version]
                 self.env[node, 0] = stream.restore(self.emit, value, self.layout(node), version, additive=False)
@@ -186,7 +198,8 @@ class Rewriter:
     def write_whole(self, node: Node) -> Any:
         """Append a barrier or the output on whole tokens."""
         self.emit.origin = node
-        mapping = {value: self.whole(value) for value in self._reduced_inputs(node)}
+        ends = node in self.tracer.ends
+        mapping = {value: self.whole(value, copied=ends) for value in self._reduced_inputs(node)}
         if node.op == "output":
             return map_arg(node.args[0], lambda n: self._as_traced(n, self._mapped(n, mapping)))
         self.env[node, 0] = self.copy(node, mapping)
@@ -303,18 +316,44 @@ class Rewriter:
         if version != stream.newest:
             raise Barrier("the tokens are whole again ahead of it")
         layout = self.layout(node)
-        x = layout.to_canonical(self.emit, self.env[node, version], stream.count(self.emit, version, run))
+        step = self._fused(site, stream, layout, count, seed)
+        self.env[node, version + 1] = layout.from_canonical(self.emit, step.merged, step.count)
+        self.native[node] = version + 1
+        self.chain.add(node)
+
+    def _fused(self, site: Site, stream: Stream, layout: Layout, count: Count, seed: int) -> Version:
+        """Append the fused node of a site at the stream's newest version."""
+        node, version = site.reduce_at, stream.newest
+        assert node is not None
+        x = layout.to_canonical(self.emit, self.env[node, version], stream.count(self.emit, version, stream.run))
         metric = Metric(self, site, stream, version, x).node(site.match)
         rehearsed, others = self.compilation.rehearsed, {}
         if rehearsed is not None:
             others = self._other_metrics(site, stream, version, x)
-        step = stream.reduce(self.emit, x, metric, site.strategy, count, seed, node in self.chain, site.r)
+        additive = node in self.chain
+        step = stream.reduce(self.emit, x, metric, site.strategy, count, seed, additive, site.r, site.cells)
         if rehearsed is not None:
             fuse = step.merged.args[0]
             assert isinstance(fuse, Node)
             rehearsed.append(Rehearsed(site, fuse, {site.match: metric, **others}))
-        self.env[node, version + 1] = layout.from_canonical(self.emit, step.merged, step.count)
-        self.native[node] = version + 1
+        return step
+
+    def enter(self, site: Site, branch: Branch, count: Count, seed: int) -> None:
+        """Append what makes the tokens of a branch fewer: the match of its site, or that of the site that it shares."""
+        node = branch.enter
+        self.emit.origin = node
+        axes = self.tracer.of(node)
+        run = token_atoms(axes)[0]
+        stream = self.streams[run.base.stream] = Stream(run, batch_of(self.tracer, site, axes))
+        owner, layout = (site.shares or site).id, self.layout(node)
+        if owner in self.matches:
+            stream.versions.append(self.matches[owner])
+            self.env[node, 1] = stream.rebase(self.emit, self.env[node, 0], layout, 1)
+        else:
+            step = self._fused(site, stream, layout, count, seed)
+            self.matches[owner] = step
+            self.env[node, 1] = layout.from_canonical(self.emit, step.merged, step.count)
+        self.native[node] = 1
         self.chain.add(node)
 
     def _other_metrics(self, site: Site, stream: Stream, version: int, x: Node) -> dict[str, Node]:

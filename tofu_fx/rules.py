@@ -220,8 +220,10 @@ def cat(tracer: AxisTracer, node: Node) -> Axes:
     d = _dims(node, rank)[0]
     columns = [(tracer.of(p)[d], hint(p.meta["val"].shape[d]), p in tracer.depends) for p in parts]
     joined = tracer.space.concatenate(columns, f"{node.name}.{d}")
-    others = [tracer.merge((tracer.of(p)[i], p in tracer.depends) for p in parts) for i in range(rank)]
-    return tuple(joined if i == d else dim for i, dim in enumerate(others))
+    # The dim itself is left out of the merging: axes that stand behind each other are not one axis.
+    return tuple(
+        joined if i == d else tracer.merge((tracer.of(p)[i], p in tracer.depends) for p in parts) for i in range(rank)
+    )
 
 
 def stack(tracer: AxisTracer, node: Node) -> Axes:

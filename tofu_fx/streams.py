@@ -66,21 +66,32 @@ class Stream:
         return emit.arithmetic(operator.add, now, more) if more else now
 
     def reduce(
-        self, emit: Emitter, x: Node, metric: Node, strategy: str, count: Count, seed: int, additive: bool, r: int
+        self,
+        emit: Emitter,
+        x: Node,
+        metric: Node,
+        strategy: str,
+        count: Count,
+        seed: int,
+        additive: bool,
+        r: int,
+        cells: tuple[int, ...] = (),
     ) -> Version:
         """Append the fused node that makes the next version of ``x`` ``[B, N, C]``, of ``count`` tokens.
 
-        ``r`` is how many tokens are merged where all of them stay (the strategy "duplicate").
+        ``r`` is how many tokens are merged where all of them stay (the strategy "duplicate"); ``cells`` is the
+        operator's grid.
         """
         size = self.size(emit, self.newest, x)
         lead, tail = self.run.lead, self.run.tail
+        grid = [list(cells)] if cells else []
         if strategy == "permute":
             fused = emit.call(tofu.permute_tokens.default, x, size, seed, lead, tail)
         elif strategy == "duplicate":
-            fused = emit.call(tofu.fuse_tokens.default, x, metric, size, r, _COPIED, lead, tail)
+            fused = emit.call(tofu.fuse_tokens.default, x, metric, size, r, _COPIED, lead, tail, *grid)
         else:
             gone = emit.arithmetic(operator.sub, self.count(emit, self.newest, self.run), count)
-            fused = emit.call(tofu.fuse_tokens.default, x, metric, size, gone, strategy, lead, tail)
+            fused = emit.call(tofu.fuse_tokens.default, x, metric, size, gone, strategy, lead, tail, *grid)
         merged, new_size, assignment, kept = (emit.call(operator.getitem, fused, i) for i in range(4))
         merges = None
         if strategy == "duplicate":

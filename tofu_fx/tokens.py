@@ -120,6 +120,8 @@ class Space:
     _shared: dict[str, Dim] = field(default_factory=dict)
     _derived: dict[Any, Any] = field(default_factory=dict)
     _whole_of: dict[tuple[Atom, Atom], Atom] = field(default_factory=dict)
+    _factors: dict[Base, Dim] = field(default_factory=dict)
+    _pieces: dict[Base, tuple[tuple[Atom | None, int], ...]] = field(default_factory=dict)
 
     def fresh(self, name: str, size: Any, kind: Kind = "plain") -> Dim:
         """A new axis of its own (or the one that this name is aligned with); nothing for a dimension of size 1."""
@@ -175,7 +177,26 @@ class Space:
             symbolic = any(atom.base.symbolic for atom in dim)
             base = Base("*".join(atom.base.name for atom in dim), dim_size(dim), kind, symbolic=symbolic)
             self._derived[dim] = Atom(base, 0, base.size)
+            self._factors[base] = dim
         return self._derived[dim]
+
+    def factors(self, atom: Atom) -> tuple[int, ...]:
+        """The sizes of the axes that were flattened into the base of an atom: height and width of an image's tokens."""
+        return tuple(factor.size for factor in self._factors.get(atom.base, (Atom(atom.base, 0, atom.base.size),)))
+
+    def pieces(self, atom: Atom) -> tuple[tuple[Atom | None, int], ...]:
+        """What was concatenated into the base of an atom (atom and size of each part); the atom itself if nothing was.
+
+        Of a part of such a base, the pieces that it is made of, if it is made of whole ones.
+        """
+        if atom.base not in self._pieces:
+            return ((atom, atom.size),)
+        place, found = 0, []
+        for piece in self._pieces[atom.base]:
+            if atom.offset <= place and place + piece[1] <= atom.offset + atom.size:
+                found.append(piece)
+            place += piece[1]
+        return tuple(found) if sum(size for _, size in found) == atom.size else ((atom, atom.size),)
 
     def split(self, atom: Atom, outer: int) -> tuple[Atom, Atom]:
         """An atom as ``outer x inner``. A token atom cannot be split: that is a barrier."""
@@ -237,6 +258,9 @@ class Space:
         if atom is None:  # nothing of a dim of size 1
             return self.fresh("empty", stop - start)
         part = Atom(atom.base, atom.offset + start, stop - start)
+        whole = self.pieces(part)
+        if step == 1 and len(whole) == 1 and whole[0][0] is not None:
+            part = whole[0][0]  # what was concatenated comes out again
         if not atom.is_token:
             return (part,) if step == 1 else self.fresh(f"{atom.base.name}::{step}", -(-(stop - start) // step))
         if part.lead >= 0 and part.tail >= 0 and step == 1:
@@ -280,5 +304,9 @@ class Space:
         if any(atoms[i].is_token for i in runs):  # type: ignore[union-attr]
             raise Barrier("tokens are concatenated along their own axis with others")
         if key not in self._derived:
-            self._derived[key] = self.fresh(name, total)
+            self._derived[key] = joined = self.fresh(name, total)
+            if joined:
+                self._pieces[joined[0].base] = tuple(
+                    (atom, size) for atom, (_, size, _) in zip(atoms, parts, strict=True)
+                )
         return self._derived[key]

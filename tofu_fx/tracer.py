@@ -19,6 +19,8 @@ from tofu_fx.tokens import Atom, Axes, Barrier, Dim, Space, dim_size, hint, toke
 
 Seed = Callable[["AxisTracer", Axes], Axes]
 
+BRANCH_END = "the branch joins the residual stream, which keeps every token"
+
 
 @dataclass(frozen=True)
 class BarrierRecord:
@@ -52,6 +54,12 @@ class AxisTracer:
     #: the products of queries and keys of recognised attentions
     score_nodes: frozenset[Node] = frozenset()
     space: Space = field(default_factory=Space)
+    #: number of a stream that is one branch of a block -> the nodes inside of it, which never end it
+    branches: Mapping[int, frozenset[Node]] = field(default_factory=dict)
+    #: number of such a stream -> the dimension that its tokens were before they were given to it
+    entered: dict[int, Dim] = field(default_factory=dict)
+    #: nodes at which a branch ends
+    ends: set[Node] = field(default_factory=set)
     #: node -> Axes, or a tuple of Axes for an op with several outputs
     axes: dict[Node, Any] = field(default_factory=dict)
     depends: set[Node] = field(default_factory=set)
@@ -143,6 +151,10 @@ class AxisTracer:
         if not carried and self._changes_tokens(node):
             reason = "it changes a view of a tensor of tokens in place"
             self.barriers.append(BarrierRecord(node, reason, (), fatal=True))
+        whole = self._meets_whole(node, inputs) if carried and self.branches else None
+        if whole is not None:
+            self._end_branch(node, inputs, whole)
+            return
         try:
             axes = self._apply_rule(node, bool(carried))
             kept = set(token_atoms(axes) if _is_axes(axes) else [a for part in axes for a in token_atoms(part)])
@@ -160,6 +172,25 @@ class AxisTracer:
             self.axes[node] = axes
         if self._keeps_weights(node):
             self.weights.add(node)
+
+    def _meets_whole(self, node: Node, inputs: list[Node]) -> Node | None:
+        """The operand that has all the tokens of a branch where another operand has fewer of them; None elsewhere."""
+        for number, inside in self.branches.items():
+            carrying = [v for v in inputs if any(atom.base.stream == number for atom in self.tokens(v))]
+            if node in inside or not carrying:
+                continue
+            for value in inputs:
+                whole = value in self.depends and not self.tokens(value) and _is_axes(self.axes.get(value, ()))
+                if whole and self.entered.get(number) in self.of(value) and _places(value) == _places(carrying[0]):
+                    return value
+        return None
+
+    def _end_branch(self, node: Node, inputs: list[Node], whole: Node) -> None:
+        values = tuple(value for value in inputs if self.tokens(value))
+        self.barriers.append(BarrierRecord(node, BRANCH_END, values))
+        self.ends.add(node)
+        like = [hint(n) for n in node.meta["val"].shape] == [hint(n) for n in whole.meta["val"].shape]
+        self.axes[node] = self.of(whole) if like else self._fresh(node)
 
     def _changes_tokens(self, node: Node) -> bool:
         """Whether an op writes to memory that a tensor of tokens may share."""
@@ -240,6 +271,13 @@ def trace(make: Callable[[Space], AxisTracer]) -> AxisTracer:
         if aligned == space.aligned:
             return tracer
         space = Space(aligned)
+
+
+def _places(node: Node) -> list[int]:
+    """The shape of a tensor or of the first of several, without its features."""
+    value = node.meta["val"]
+    first = value if isinstance(value, torch.Tensor) else value[0]
+    return [hint(size) for size in first.shape[:-1]]
 
 
 def _is_axes(axes: Any) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from .matching import max_reduction
+from .matching import Grid, max_reduction
 from .merging import STRATEGIES
 
 
@@ -38,14 +40,29 @@ def check_protected(op: str, tokens: int, num_prefix: int, num_suffix: int) -> N
         )
 
 
-def check_reduction(op: str, r: int, tokens: int, num_prefix: int, num_suffix: int) -> None:
-    """Raise ValueError unless r tokens can be taken away."""
+def check_reduction(op: str, r: int, tokens: int, num_prefix: int, num_suffix: int, grid: Sequence[int] = ()) -> None:
+    """Raise ValueError unless the grid holds the free tokens and r of them can be taken away."""
     check_protected(op, tokens, num_prefix, num_suffix)
-    cap = max_reduction(tokens, num_prefix, num_suffix)
+    if grid:
+        _check_grid(op, tokens - num_prefix - num_suffix, grid)
+    cap = max_reduction(tokens, num_prefix, num_suffix, grid)
+    rest = "all but one in each cell of the grid" if grid else "half of the free tokens"
     if not 0 <= r <= cap:
         raise ValueError(
             f"{op}: r={r} is out of range: of {tokens} tokens {num_prefix + num_suffix} are protected, so r must be "
-            f"between 0 and {cap}, half of the free tokens"
+            f"between 0 and {cap}, {rest}"
+        )
+
+
+def _check_grid(op: str, free: int, grid: Sequence[int]) -> None:
+    expected = "(frames, height, width, cell) or (frames, height, width, cell, seed)"
+    if len(grid) not in (4, 5):
+        raise ValueError(f"{op}: grid must be {expected}, got {tuple(grid)}")
+    whole = Grid(*grid)
+    if min(whole[:4]) < 1 or whole.seed < 0 or whole.tokens != free:
+        raise ValueError(
+            f"{op}: grid must be {expected}, each at least 1 (seed: 0), with frames * height * width = {free} free "
+            f"tokens, got {tuple(grid)}"
         )
 
 

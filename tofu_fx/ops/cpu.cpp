@@ -20,10 +20,11 @@ float length_of(const float* row, int64_t features) {
   return std::sqrt(sum);
 }
 
-// Who leaves a sample, and where every token goes. score [candidates, stride]: candidate c is token prefix + 2c,
-// partner p is token prefix + 2p + 1. Equal scores are decided for the first, of candidates and of partners.
-void choose(const float* score, int64_t tokens, int64_t prefix, int64_t candidates, int64_t partners, int64_t stride,
-            int64_t r, int64_t* assignment, int64_t* kept) {
+// Who leaves a sample, and where every token goes. score [candidates, stride]: candidate c is token
+// prefix + candidate[c], partner p is token prefix + partner[p]. Equal scores are decided for the first, of candidates
+// and of partners.
+void choose(const float* score, int64_t tokens, int64_t prefix, int64_t candidates, const int64_t* candidate,
+            const int64_t* partner, int64_t partners, int64_t stride, int64_t r, int64_t* assignment, int64_t* kept) {
   std::vector<float> best(candidates);
   for (int64_t c = 0; c < candidates; ++c) {
     const float* row = score + c * stride;
@@ -40,7 +41,7 @@ void choose(const float* score, int64_t tokens, int64_t prefix, int64_t candidat
   for (int64_t i = 0; i < r; ++i) {
     const int64_t c = order[i];
     const float* row = score + c * stride;
-    joins[prefix + 2 * c] = prefix + 2 * (std::find(row, row + partners, best[c]) - row) + 1;
+    joins[prefix + candidate[c]] = prefix + partner[std::find(row, row + partners, best[c]) - row];
   }
   int64_t place = 0;
   for (int64_t t = 0; t < tokens; ++t) {
@@ -152,12 +153,12 @@ EXPORT void tofu_merge(const float* x, const float* size, const int64_t* assignm
 
 // score [batch, height, stride] -> assignment [batch, tokens], kept [batch, tokens - r].
 EXPORT void tofu_choose(const float* score, int64_t batch, int64_t tokens, int64_t prefix, int64_t candidates,
-                 int64_t partners, int64_t height, int64_t stride, int64_t r, int64_t* assignment, int64_t* kept,
-                 int64_t threads) {
+                 const int64_t* candidate, const int64_t* partner, int64_t partners, int64_t height, int64_t stride,
+                 int64_t r, int64_t* assignment, int64_t* kept, int64_t threads) {
 #pragma omp parallel for num_threads(threads)
   for (int64_t b = 0; b < batch; ++b) {
-    choose(score + b * height * stride, tokens, prefix, candidates, partners, stride, r, assignment + b * tokens,
-           kept + b * (tokens - r));
+    choose(score + b * height * stride, tokens, prefix, candidates, candidate, partner, partners, stride, r,
+           assignment + b * tokens, kept + b * (tokens - r));
   }
 }
 

@@ -14,14 +14,14 @@ from importlib import resources
 import torch
 from torch import Tensor
 
-from .matching import free_tokens, padded_shape, similarity
+from .matching import CANDIDATE_TILE, PARTNER_TILE, interleaved, padded_shape, sides, similarity
 from .merging import STRATEGIES
 
 logger = logging.getLogger("tofu_fx")
 
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 #: function -> its arguments, p for a pointer and n for a number
-_SIGNATURES = {"tofu_unit_rows": "pnnnnnnnpn", "tofu_choose": "pnnnnnnnnppn", "tofu_merge": "ppppnnnnnppn"}
+_SIGNATURES = {"tofu_unit_rows": "pnnnnnnnpn", "tofu_choose": "pnnnnppnnnnppn", "tofu_merge": "ppppnnnnnppn"}
 
 
 def usable(x: Tensor) -> bool:
@@ -49,27 +49,53 @@ def library() -> ctypes.CDLL | None:
 
 
 def fuse(
-    x: Tensor, metric: Tensor, size: Tensor, r: int, strategy: str, num_prefix: int, num_suffix: int
+    x: Tensor,
+    metric: Tensor,
+    size: Tensor,
+    r: int,
+    strategy: str,
+    num_prefix: int,
+    num_suffix: int,
+    grid: tuple[int, ...] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`fuse_tokens` for 1 <= r <= max_reduction and B >= 1."""
-    (batch, tokens, _), threads = x.shape, torch.get_num_threads()
+    batch, tokens, _ = x.shape
+    free = tokens - num_prefix - num_suffix
     functions = library()
     assert functions is not None
-    metric = metric.float().contiguous()
-    free, candidates, partners = free_tokens(tokens, num_prefix, num_suffix)
-    height, width = padded_shape(free, metric.shape[2])
-    rows = metric.new_empty((batch, height, width))
-    functions.tofu_unit_rows(
-        metric.data_ptr(), batch, tokens, metric.shape[2], num_prefix, free, height, width, rows.data_ptr(), threads
-    )
-    score = similarity(rows, candidates)
+    metric = metric.float()
+    candidates, partners = sides(free, grid, x.device)
+    if grid:
+        pair = (
+            _unit_rows(metric.index_select(1, candidates + num_prefix), 0, len(candidates), CANDIDATE_TILE),
+            _unit_rows(metric.index_select(1, partners + num_prefix), 0, len(partners), PARTNER_TILE),
+        )
+    else:
+        pair = interleaved(_unit_rows(metric, num_prefix, free, 2 * PARTNER_TILE), len(candidates))
+    score = similarity(*pair)
     assignment = torch.empty((batch, tokens), dtype=torch.int64)
     kept = torch.empty((batch, tokens - r), dtype=torch.int64)
     functions.tofu_choose(
-        score.data_ptr(), batch, tokens, num_prefix, candidates, partners, *score.shape[1:], r,
-        assignment.data_ptr(), kept.data_ptr(), threads,
+        score.data_ptr(), batch, tokens, num_prefix, len(candidates), candidates.data_ptr(), partners.data_ptr(),
+        len(partners), *score.shape[1:], r, assignment.data_ptr(), kept.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
     return *merge(x, size, assignment, kept, strategy), assignment, kept
+
+
+def _unit_rows(metric: Tensor, first: int, count: int, tile: int) -> Tensor:
+    """`matching.unit_rows` of the tokens `first` to `first + count`."""
+    functions = library()
+    assert functions is not None
+    metric = metric.contiguous()
+    batch, tokens, features = metric.shape
+    height, width = padded_shape(count, features, tile)
+    rows = metric.new_empty((batch, height, width))
+    functions.tofu_unit_rows(
+        metric.data_ptr(), batch, tokens, features, first, count, height, width, rows.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return rows
 
 
 def merge(x: Tensor, size: Tensor, assignment: Tensor, kept: Tensor, strategy: str) -> tuple[Tensor, Tensor]:

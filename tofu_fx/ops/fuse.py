@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,21 +16,28 @@ from .merging import reduce_rows
 
 
 def _fuse(
-    x: Tensor, metric: Tensor, size: Tensor, r: int, strategy: str, num_prefix: int, num_suffix: int
+    x: Tensor,
+    metric: Tensor,
+    size: Tensor,
+    r: int,
+    strategy: str,
+    num_prefix: int,
+    num_suffix: int,
+    grid: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_stream("fuse_tokens", x, size)
     check_metric("fuse_tokens", x, metric)
     check_strategy(strategy)
     batch, tokens, features = x.shape
-    check_reduction("fuse_tokens", r, tokens, num_prefix, num_suffix)
+    check_reduction("fuse_tokens", r, tokens, num_prefix, num_suffix, grid or ())
     left = tokens - r
     if r == 0 or batch == 0:
         place = torch.arange(tokens, device=x.device).repeat(batch, 1)
         whole, sizes = (t[:, :left].clone(memory_format=torch.contiguous_format) for t in (x, size))
         return whole, sizes, place, place[:, :left].clone(memory_format=torch.contiguous_format)
     if cpu.usable(x):
-        return cpu.fuse(x, metric, size, r, strategy, num_prefix, num_suffix)
-    reduction = match(metric, r, num_prefix, num_suffix)
+        return cpu.fuse(x, metric, size, r, strategy, num_prefix, num_suffix, tuple(grid or ()))
+    reduction = match(metric, r, num_prefix, num_suffix, tuple(grid or ()))
     new_x, new_size = reduce_rows(x.flatten(0, 1), size.flatten(), reduction, strategy)
     return (
         new_x.view(batch, left, features),
@@ -41,7 +49,14 @@ def _fuse(
 
 @torch.library.custom_op("tofu::fuse_tokens", mutates_args=())
 def fuse_tokens(
-    x: Tensor, metric: Tensor, size: Tensor, r: int, strategy: str, num_prefix: int, num_suffix: int
+    x: Tensor,
+    metric: Tensor,
+    size: Tensor,
+    r: int,
+    strategy: str,
+    num_prefix: int,
+    num_suffix: int,
+    grid: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Take r tokens out of a stream; each joins the token it is most like.
 
@@ -54,12 +69,15 @@ def fuse_tokens(
         metric: `[B, N, M]` floating point, what tokens are compared by: cosine similarity in float32. A row that is
             zero or not finite is equally unlike every other.
         size: `[B, N]` float32, > 0: how many original tokens each stands for.
-        r: tokens to take away, 0 <= r <= max_reduction(N, num_prefix, num_suffix).
+        r: tokens to take away, 0 <= r <= max_reduction(N, num_prefix, num_suffix, grid).
         strategy: what a destination becomes. "prune": stays as it is. "mean": the size-weighted mean m of its group.
             "mlerp": m/|m| * max_k |x_k|; where |m| = 0, the member of the largest norm (ties: the first). Whatever the
             strategy, it takes over the sizes.
         num_prefix: tokens at the start that are neither merged nor moved.
         num_suffix: tokens at the end that are neither merged nor moved.
+        grid: `(frames, height, width, cell, seed)` of the free tokens: others join the one partner in each cell of
+            `cell` x `cell` places, its first or (seed > 0) the one that the seed picks. None: the odd places are the
+            partners.
 
     Returns:
         x' `[B, N-r, C]` in x's dtype; size' `[B, N-r]` float32; assignment `[B, N]` int64, the place of each token in
@@ -69,18 +87,25 @@ def fuse_tokens(
     Raises:
         ValueError: r out of range (it names the cap), an unknown strategy, or shapes and dtypes other than the above.
     """
-    return _fuse(x, metric, size, r, strategy, num_prefix, num_suffix)
+    return _fuse(x, metric, size, r, strategy, num_prefix, num_suffix, grid)
 
 
 @fuse_tokens.register_fake
 def _(
-    x: Tensor, metric: Tensor, size: Tensor, r: int, strategy: str, num_prefix: int, num_suffix: int
+    x: Tensor,
+    metric: Tensor,
+    size: Tensor,
+    r: int,
+    strategy: str,
+    num_prefix: int,
+    num_suffix: int,
+    grid: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_strategy(strategy)
     batch, tokens, features = x.shape
     # Asking about a symbolic size would pin it down; those calls are checked when they run.
     if all(isinstance(value, int) for value in (r, tokens, num_prefix, num_suffix)):
-        check_reduction("fuse_tokens", r, tokens, num_prefix, num_suffix)
+        check_reduction("fuse_tokens", r, tokens, num_prefix, num_suffix, grid or ())
     left = tokens - r
     return (
         x.new_empty((batch, left, features)),
@@ -91,12 +116,12 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    x, _, size, _, strategy, _, _ = inputs
+    x, _, size, _, strategy, *_ = inputs
     save_for_gradient(ctx, x, size, *output[1:], strategy)
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    return gradient(ctx, grad), None, None, None, None, None, None
+    return gradient(ctx, grad), *(None,) * 7
 
 
 fuse_tokens.register_autograd(_backward, setup_context=_setup_context)

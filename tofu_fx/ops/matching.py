@@ -5,18 +5,22 @@ Batches are handled flat: a "row" is a place in `[B * N]`, so one index selects 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .hashing import scatter_bits
+
 # Shapes of the similarity matrix are rounded up to these. BLAS computes the ragged edge of a matrix with other code
 # than its inside: there, the same two rows give other bits, which would decide ties by position and make a sample
 # depend on where it lies in its batch. Seen with MKL for ragged partners and features, not for candidates, whose tile
 # only spares that question on the next CPU.
-_CANDIDATE_TILE = 8
-_PARTNER_TILE = 32
+CANDIDATE_TILE = 8
+PARTNER_TILE = 32
 _FEATURE_TILE = 16
 
 
@@ -34,23 +38,66 @@ class Reduction(NamedTuple):
     kept: Tensor
 
 
-def max_reduction(num_tokens: int, num_prefix: int = 0, num_suffix: int = 0) -> int:
-    """Return the largest r that `fuse_tokens` accepts: half of the unprotected tokens, rounded down."""
+class Grid(NamedTuple):
+    """The free tokens as `frames` maps of `height` x `width` places, row by row: one partner in each cell.
+
+    Cells have `cell` x `cell` places (fewer at the right and lower border). The partner is the cell's first place, or
+    with `seed` > 0 one that the seed picks, the same on every run and device.
+    """
+
+    frames: int
+    height: int
+    width: int
+    cell: int
+    seed: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Places of all frames."""
+        return self.frames * self.height * self.width
+
+    @property
+    def cells(self) -> int:
+        """Cells of all frames: as many tokens stay at least."""
+        return self.frames * -(-self.height // self.cell) * -(-self.width // self.cell)
+
+
+def max_reduction(num_tokens: int, num_prefix: int = 0, num_suffix: int = 0, grid: Sequence[int] = ()) -> int:
+    """Return the largest r that `fuse_tokens` accepts: all free tokens but one in each cell; half without a grid."""
+    if grid:
+        return Grid(*grid).tokens - Grid(*grid).cells
     return max(num_tokens - num_prefix - num_suffix, 0) // 2
 
 
-def free_tokens(num_tokens: int, num_prefix: int, num_suffix: int) -> tuple[int, int, int]:
-    """Count the tokens that take part, and of these the candidates and the partners."""
-    free = num_tokens - num_prefix - num_suffix
-    return free, (free + 1) // 2, free // 2
+@functools.lru_cache(maxsize=64)
+def sides(free: int, grid: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the places of the candidates and of the partners among the free tokens, both ascending."""
+    place = torch.arange(free)
+    is_partner = place % 2 == 1
+    if grid:
+        is_partner = torch.zeros(free, dtype=torch.bool).index_fill_(0, _partners_of(Grid(*grid)), True)
+    return place[~is_partner].to(device), place[is_partner].to(device)
 
 
-def padded_shape(tokens: int, features: int) -> tuple[int, int]:
+def _partners_of(grid: Grid) -> Tensor:
+    """Return the place of each cell's partner."""
+    frame = torch.arange(grid.frames).view(-1, 1, 1)
+    top = torch.arange(0, grid.height, grid.cell).view(1, -1, 1)
+    left = torch.arange(0, grid.width, grid.cell).view(1, 1, -1)
+    row, column = top.expand(grid.frames, -1, left.numel()), left.expand(grid.frames, top.numel(), -1)
+    if grid.seed:
+        bits = scatter_bits(torch.arange(1, grid.cells + 1), grid.seed).view(row.shape)
+        row = row + bits % (grid.height - top).clamp(max=grid.cell)
+        column = column + (bits >> 16) % (grid.width - left).clamp(max=grid.cell)
+    return ((frame * grid.height + row) * grid.width + column).flatten()
+
+
+def padded_shape(tokens: int, features: int, tile: int = 2 * PARTNER_TILE) -> tuple[int, int]:
     """Round the shape `[tokens, features]` of a sample's unit rows up to whole tiles."""
-    return _round_up(tokens, 2 * _PARTNER_TILE), _round_up(features, _FEATURE_TILE)
+    return _round_up(tokens, tile), _round_up(features, _FEATURE_TILE)
 
 
-def unit_rows(metric: Tensor) -> Tensor:
+def unit_rows(metric: Tensor, tile: int = 2 * PARTNER_TILE) -> Tensor:
     """Scale the rows of `metric` `[B, N, M]` to length one, in float32, at the start of a zero-padded `[B, N', M']`.
 
     A row without a usable length (zero, NaN, or beyond float32's range) becomes zero: it is equally unlike every token
@@ -58,54 +105,66 @@ def unit_rows(metric: Tensor) -> Tensor:
     """
     batch, tokens, features = metric.shape
     metric = metric.float()
-    padded = metric.new_zeros((batch, *padded_shape(tokens, features)))
+    padded = metric.new_zeros((batch, *padded_shape(tokens, features, tile)))
     inside = padded[:, :tokens, :features]
     torch.div(metric, torch.linalg.vector_norm(metric, dim=-1, keepdim=True), out=inside)
     inside.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
     return padded
 
 
-def similarity(rows: Tensor, candidates: int) -> Tensor:
-    """Score the candidates (even rows) against the partners (odd rows) of padded unit rows, both padded."""
-    height = _round_up(candidates, _CANDIDATE_TILE)
+def interleaved(rows: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
+    """Return the candidates (even rows) and the partners (odd rows) of padded unit rows, both padded."""
+    return rows[:, : 2 * _round_up(candidates, CANDIDATE_TILE) : 2], rows[:, 1::2]
+
+
+def similarity(candidates: Tensor, partners: Tensor) -> Tensor:
+    """Score unit rows `[B, c, M]` against `[B, p, M]`: `[B, c, p]` float32."""
     # Entering autocast costs as much as the product of a small batch.
-    device = rows.device.type
+    device = candidates.device.type
     full = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
     with full:
-        return torch.bmm(rows[:, : 2 * height : 2], rows[:, 1::2].transpose(1, 2))
+        return torch.bmm(candidates, partners.transpose(1, 2))
 
 
-def match(metric: Tensor, r: int, num_prefix: int, num_suffix: int) -> Reduction:
+def match(metric: Tensor, r: int, num_prefix: int, num_suffix: int, grid: tuple[int, ...] = ()) -> Reduction:
     """Choose the r tokens of each sample to merge away, and where each goes.
 
     Args:
         metric: `[B, N, M]`, any float dtype; compared by cosine similarity in float32. B >= 1.
-        r: number of sources, 1 <= r <= max_reduction(N, num_prefix, num_suffix).
+        r: number of sources, 1 <= r <= max_reduction(N, num_prefix, num_suffix, grid).
         num_prefix: tokens at the start that take no part.
         num_suffix: tokens at the end that take no part.
+        grid: the fields of `Grid`, or empty.
 
-    Of the free tokens the even places are candidates and the odd places are partners. Each candidate looks at its
+    Of the free tokens one in each cell of the grid is a partner, the others are candidates; without a grid the even
+    places are candidates and the odd ones partners. Each candidate looks at its
     most similar partner (ties: the first one); the r candidates with the highest similarity are the sources (ties: the
     first ones).
     """
     batch, tokens, _ = metric.shape
-    free, candidates, partners = free_tokens(tokens, num_prefix, num_suffix)
-    score = similarity(unit_rows(metric[:, num_prefix : num_prefix + free]), candidates)
+    free = tokens - num_prefix - num_suffix
+    candidates, partners = sides(free, grid, metric.device)
+    inside = metric[:, num_prefix : num_prefix + free]
+    if grid:
+        pair = unit_rows(inside[:, candidates], CANDIDATE_TILE), unit_rows(inside[:, partners], PARTNER_TILE)
+    else:
+        pair = interleaved(unit_rows(inside), candidates.shape[0])
+    score = similarity(*pair)
     height = score.shape[1]
-    score[:, :, partners:] = -torch.inf
+    score[:, :, partners.shape[0] :] = -torch.inf
     # A maximum with its place is scalar code on CPU. So find plain maxima of blocks first, and look for places only in
     # the r winning blocks. The first best block, and the first best inside it, are the first best of all.
-    blocks = score.view(batch, height, -1, _PARTNER_TILE).amax(dim=-1)
-    ranked = torch.sort(blocks.amax(dim=-1)[:, :candidates], dim=-1, descending=True, stable=True).indices
+    blocks = score.view(batch, height, -1, PARTNER_TILE).amax(dim=-1)
+    ranked = torch.sort(blocks.amax(dim=-1)[:, : candidates.shape[0]], dim=-1, descending=True, stable=True).indices
     chosen = ranked[:, :r].sort(dim=-1).values
     sample = torch.arange(batch, device=metric.device).unsqueeze(1)
     winner = (chosen + sample * height).flatten()
     block = blocks.view(-1, blocks.shape[2]).index_select(0, winner).argmax(dim=-1)
-    inside = score.view(-1, _PARTNER_TILE).index_select(0, winner * blocks.shape[2] + block).argmax(dim=-1)
+    inside = score.view(-1, PARTNER_TILE).index_select(0, winner * blocks.shape[2] + block).argmax(dim=-1)
     first = sample * tokens + num_prefix
-    partner = (block * _PARTNER_TILE + inside).view(chosen.shape)
-    destinations, order = torch.sort(2 * partner + 1 + first, dim=-1, stable=True)
-    sources = (2 * chosen + first).gather(1, order).flatten()
+    partner = (block * PARTNER_TILE + inside).view(chosen.shape)
+    destinations, order = torch.sort(partners[partner] + first, dim=-1, stable=True)
+    sources = (candidates[chosen] + first).gather(1, order).flatten()
     destinations = destinations.flatten()
     keep = torch.ones(batch * tokens, dtype=torch.bool, device=metric.device).index_fill_(0, sources, False)
     place = keep.cumsum(0).sub_(1)

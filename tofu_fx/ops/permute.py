@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from .checks import check_protected, check_stream
+from .hashing import mix
 from .matching import flat_places
 from .restore import gather_tokens
-
-_MASK = 0xFFFFFFFF
 
 
 @torch.library.custom_op("tofu::permute_tokens", mutates_args=())
@@ -65,16 +64,8 @@ def _shuffle(batch: int, free: int, seed: int, device: torch.device) -> Tensor:
     """
     sample = torch.arange(1, batch + 1, device=device).unsqueeze(1)
     place = torch.arange(1, free + 1, device=device)
-    key = place * 0x9E3779B1 + _mix(sample * 0x85EBCA6B + (seed & _MASK))
-    return torch.sort(_mix(key), dim=1, stable=True).indices
-
-
-def _mix(key: Tensor) -> Tensor:
-    for multiplier in (0x7FEB352D, 0x846CA68B):
-        key = key & _MASK
-        key = (key ^ (key >> 16)) * multiplier
-    key = key & _MASK
-    return key ^ (key >> 16)
+    key = place * 0x9E3779B1 + mix(sample * 0x85EBCA6B + (seed & 0xFFFFFFFF))
+    return torch.sort(mix(key), dim=1, stable=True).indices
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:

@@ -17,6 +17,7 @@ from torch.fx import Graph, Node
 
 from tofu_fx import ops  # noqa: F401 - registers torch.ops.tofu
 from tofu_fx.graphs import argument, is_alias, is_op, tensor_inputs
+from tofu_fx.ops import Grid
 from tofu_fx.tokens import hint
 
 #: turns a size of a fake tensor into a number, or into an expression
@@ -51,14 +52,18 @@ def _einsum(node: Node, size: Size) -> Any:
     return 2 * math.prod(sizes.values())
 
 
-def matching_flops(batch: Any, free: Any, features: Any) -> Any:
-    """Operations of comparing the candidates with the partners among ``free`` tokens."""
+def matching_flops(batch: Any, free: Any, features: Any, cells: Sequence[int] = ()) -> Any:
+    """Operations of comparing the candidates with the partners among ``free`` tokens, of a grid of cells or not."""
+    if cells:
+        partners = Grid(*cells).cells
+        return 2 * batch * (free - partners) * partners * features
     return batch * free * free * features // 2  # 2 x free / 2 x free / 2
 
 
 def _matching(node: Node, size: Size) -> Any:
     (batch, tokens, _), (*_, features) = _shape(node.args[0], size), _shape(node.args[1], size)
-    return matching_flops(batch, tokens - node.args[5] - node.args[6], features)
+    cells: Any = node.args[7] if len(node.args) > 7 else ()
+    return matching_flops(batch, tokens - node.args[5] - node.args[6], features, cells)
 
 
 _COUNTS: dict[str, Callable[[Node, Size], Any]] = {

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tofu_fx.errors import PlanError
-from tofu_fx.options import Match
+from tofu_fx.options import BranchKind, Match
 from tofu_fx.planning.site import Site
 
 if TYPE_CHECKING:
@@ -42,10 +42,12 @@ class PlanRow(_Record):
     """What happens at one site.
 
     ``graph`` (which of the model's Dynamo graphs), ``id``, ``tokens``, ``heads`` and ``dim`` identify the site;
-    ``strategy``, ``match`` (what tokens are compared by) and ``r`` are the decision. The rest is what calibration
-    measured there, None or empty in other plans: the ``linearity`` of the branch behind the site between samples
-    (arXiv 2312.01026) and between the tokens that would be merged (``pair_linearity``), the ``error`` at the model's
-    output that is put down to this site, and the ``reason`` for the decision in words.
+    ``strategy``, ``match`` (what tokens are compared by) and ``r`` are the decision, as is the ``placement``: with
+    "branch" the ``branches`` of the block that run on fewer tokens, and the side of the ``cell`` of which one token
+    stays. The rest is what calibration measured there, None or empty in other plans: the ``linearity`` of the branch
+    behind the site between samples (arXiv 2312.01026) and between the tokens that would be merged
+    (``pair_linearity``), the ``error`` at the model's output that is put down to this site, and the ``reason`` for the
+    decision in words.
     """
 
     graph: int = Field(default=0, ge=0)
@@ -57,7 +59,9 @@ class PlanRow(_Record):
     strategy: Literal["prune", "mean", "mlerp", "permute", "duplicate"]
     match: Match = "keys"
     r: int = Field(ge=0)
-    placement: Literal["stream"] = "stream"
+    placement: Literal["stream", "branch"] = "stream"
+    branches: list[BranchKind] = Field(default_factory=list)
+    cell: int | None = Field(default=None, ge=2)
     linearity: Spread | None = None
     pair_linearity: Spread | None = None
     error: float | None = None
@@ -76,6 +80,9 @@ class PlanRow(_Record):
             strategy=site.strategy,  # type: ignore[arg-type]
             match=site.match,  # type: ignore[arg-type]
             r=site.r,
+            placement=site.placement,
+            branches=[branch.kind for branch in site.branches],
+            cell=site.cell if site.cells else None,
         )
 
     @property

@@ -24,12 +24,24 @@ def schedule(sites: Sequence[Site], options: Options) -> None:
         PlanError: when the plan is of another graph, or takes more tokens than it can.
     """
     matched = [site for site in sites if site.matched]
+    for site in matched:
+        site.cell, site.seed = options.cell, 0 if options.seed is None else options.seed + 1
+    if options.plan is not None:
+        cells = {row.id: row.cell for row in Plan.load(options.plan).sites}
+        for site in matched:
+            site.cell = cells.get(site.id) or site.cell
     decisions = _from_plan(matched, options) if options.plan is not None else _from_options(matched, options)
     left: dict[int, int] = {}
     for site, (strategy, match, r) in zip(matched, decisions, strict=True):
         count = left.setdefault(site.stream, site.tokens)
         cap = site.cap(count)
-        if r > cap:
+        if r > cap and site.cells:
+            free = count - site.lead - site.tail
+            site.notes.append(
+                f"r = {r} capped at {cap}: of {free} tokens one in each cell of {site.cell} x {site.cell} stays, so a "
+                f"ratio of {cap / free:.2f} is the most; a larger 'cell' allows more"
+            )
+        elif r > cap:
             site.notes.append(f"r = {r} capped at {cap}: {count} tokens, {site.lead + site.tail} of them protected")
         site.strategy, site.match, site.r = strategy, match, min(r, cap)
         site.tokens_in = count
@@ -47,14 +59,22 @@ def _from_plan(matched: Sequence[Site], options: Options) -> list[Decision]:
 def _from_options(matched: Sequence[Site], options: Options) -> list[Decision]:
     if isinstance(options.r, tuple) and len(options.r) != len(matched):
         raise OptionError(f"option 'r' lists {len(options.r)} layers, the graph has {len(matched)} attention sites")
-    match = "keys" if options.match == "auto" else options.match
     decided: dict[str, Decision] = {}
-    for stream in {site.stream for site in matched}:
-        members = [site for site in matched if site.stream == stream]
+    for members in _groups(matched):
         wanted = _wanted(members, matched, options)
         for depth, (site, r) in enumerate(zip(members, wanted, strict=True)):
+            default = "features" if site.placement == "branch" else "keys"
+            match = default if options.match == "auto" else options.match
             decided[site.id] = (_strategy(options, depth, len(members)), match, r)
     return [decided[site.id] for site in matched]
+
+
+def _groups(matched: Sequence[Site]) -> list[list[Site]]:
+    """The sites of each stream, and all those that reduce branches: each of these has all tokens again behind it."""
+    groups: dict[int, list[Site]] = {}
+    for site in matched:
+        groups.setdefault(-1 if site.placement == "branch" else site.stream, []).append(site)
+    return list(groups.values())
 
 
 def _wanted(members: Sequence[Site], matched: Sequence[Site], options: Options) -> list[int]:
@@ -63,6 +83,8 @@ def _wanted(members: Sequence[Site], matched: Sequence[Site], options: Options) 
     if options.r is not None:
         return [options.r] * len(members)
     ratio = DEFAULT_RATIO if options.ratio is None else options.ratio
+    if members[0].placement == "branch":
+        return [round(ratio * (site.tokens - site.lead - site.tail)) for site in members]
     return spread(members[0].tokens, ratio, len(members))
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch.fx import Node
 
 from tofu_fx.graphs import source_line
+from tofu_fx.ops import max_reduction
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,31 @@ class Decline:
         return f"{self.reason}{source_line(self.node)}"
 
 
+@dataclass(frozen=True)
+class Branch:
+    """A branch of a block that runs on fewer tokens while the residual stream keeps every one.
+
+    It is entered at ``enter``, its normalised input, whose dim ``dim`` has the tokens (the atom ``place`` of it, -1:
+    all of them); ``inside`` are the nodes from there to its attention, or to its end. It ends wherever it meets whole
+    tokens: at its residual add.
+    """
+
+    kind: Literal["attention", "mlp", "cross"]
+    enter: Node
+    inside: frozenset[Node]
+    dim: int
+    place: int
+
+
 @dataclass
 class Site:
     """An attention at which tokens may be reduced. Either ``decline`` is set, or ``reduce_at`` and what follows are.
 
-    ``tokens``, ``lead`` and ``tail`` are counts in the untouched graph, ``dim`` the width of all heads together; ``r``,
-    ``strategy`` and ``match`` are decided by the plan;
-    ``tokens_in`` and ``tokens_out`` are what the rewritten graph has there.
+    ``placement`` "stream" reduces the residual stream behind the attention's add (``reduce_at``); "branch" reduces the
+    input of the attention (``reduce_at``), and of the other ``branches`` of its block with the same match. ``tokens``,
+    ``lead`` and ``tail`` are counts in the untouched graph, ``dim`` the width of all heads together; ``grid`` is
+    (frames, height, width) of the free tokens where they are an image's; ``r``, ``strategy`` and ``match`` are decided
+    by the plan; ``tokens_in`` and ``tokens_out`` are what the rewritten graph has there.
     """
 
     id: str
@@ -71,6 +91,14 @@ class Site:
     lead: int = 0
     tail: int = 0
     stream: int = -1
+    placement: Literal["stream", "branch"] = "stream"
+    branches: tuple[Branch, ...] = ()
+    grid: tuple[int, int, int] | None = None
+    #: side of the grid's cells, each of which keeps a token, and the seed that picks it (0: the first one)
+    cell: int = 2
+    seed: int = 0
+    #: the site whose match this one uses; None where it has its own
+    shares: Site | None = None
     strategy: str = "prune"
     match: str = "keys"
     r: int = 0
@@ -85,8 +113,18 @@ class Site:
         """Whether tokens can be reduced here."""
         return self.decline is None
 
+    @property
+    def cells(self) -> tuple[int, ...]:
+        """The ``grid`` argument of ``tofu::fuse_tokens``; empty where every other token is a partner."""
+        return (*self.grid, self.cell, self.seed) if self.grid and self.placement == "branch" else ()
+
     def cap(self, tokens: int) -> int:
-        """The most that can go at once when ``tokens`` arrive: half of those that are not protected."""
+        """The most that can go at once when ``tokens`` arrive: half of those that are not protected.
+
+        Of a grid all but one in each cell.
+        """
+        if self.cells and tokens == self.tokens:
+            return max_reduction(tokens, self.lead, self.tail, self.cells)
         free = max(tokens - self.lead - self.tail, 0)
         # If every candidate must go, the one at the edge of the padding has to cross it.
         return max(free - 1, 0) // 2 if self.padding else free // 2

@@ -108,7 +108,7 @@ def prove(
     """
     variants = {"reduced": _variant(r, options, None, "mlerp", steps), **meaning_variants(r, steps, options)}
     with torch.no_grad():
-        found = study(model, *args, variants=variants, **kwargs)
+        found = study(model, *args, variants=variants, base=_base(options), **kwargs)
     plain, reduced = found.outputs["plain"], found.outputs["reduced"]
     complaints = _complaints(reduced, plain)
     return Proofs(
@@ -142,9 +142,20 @@ def meaning_errors(found: Study) -> list[float]:
     return [relative_error(found.outputs[f"merged {i}"], found.outputs[f"copied {i}"]) for i in range(count)]
 
 
+_PLACING = ("placement", "branches", "cell", "grid", "max_downsample")  # what a plan's rows say, or follows from them
+
+
+def _base(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {key: value for key, value in (options or {}).items() if key in _PLACING}
+
+
 def _variant(r: int, options: Mapping[str, Any] | None, step: int | None, strategy: str, steps: int) -> Variant:
     """Sites up to the step's are merged, the step's own by the strategy, the others left alone; without a step, all."""
-    kept = {key: value for key, value in (options or {}).items() if key not in ("match", "strategy")}
+    kept = {
+        key: value
+        for key, value in (options or {}).items()
+        if key not in ("match", "strategy", "placement", "branches", "cell")
+    }
     match = Options.parse(options).match
     merged: dict[str, Any] = {"r": r, "strategy": "mlerp", **({} if match == "auto" else {"match": match})}
 

@@ -72,6 +72,7 @@ def study(
     *args: Any,
     variants: Mapping[str, Variant],
     proofs: bool = True,
+    base: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Study:
     """Trace a model once, rewrite it for every variant's options, and run every variant on the same inputs.
@@ -81,6 +82,7 @@ def study(
         args: what it is called with, and ``kwargs``.
         variants: name -> options of the backend (or a function that makes them from a graph's compilation).
         proofs: add "polymorphic" (token counts made symbolic, nothing reduced) and "permute" (all tokens shuffled).
+        base: options under which the compiler looks for what variants are made of (a placement).
     """
     found = Study()
     running = {"name": "plain"}
@@ -92,13 +94,14 @@ def study(
         found.graphs += 1
         graphs = {"plain": gm}
         wanted: dict[str, Variant] = dict(variants)
-        base = _polymorphic(gm, inputs) if proofs or any(map(callable, variants.values())) else None
+        some = proofs or any(map(callable, variants.values()))
+        compilation = _polymorphic(gm, inputs, base or {}) if some else None
         if proofs:
-            wanted["permute"] = lambda base: {"plan": permutation_plan(base)}
-            graphs["polymorphic"] = gm if base is None else base.gm
-            found.polymorphic.extend([] if base is None else [base])
+            wanted["permute"] = lambda found: {"plan": permutation_plan(found)}
+            graphs["polymorphic"] = gm if compilation is None else compilation.gm
+            found.polymorphic.extend([] if compilation is None else [compilation])
         for name, variant in wanted.items():
-            chosen = variant(base) if callable(variant) and base is not None else variant
+            chosen = variant(compilation) if callable(variant) and compilation is not None else variant
             if callable(chosen):  # a graph that cannot be rewritten says so under any options
                 chosen = {"r": 1}
             if chosen is None:
@@ -118,10 +121,10 @@ def study(
     return found
 
 
-def _polymorphic(gm: GraphModule, inputs: Any) -> Compilation | None:
+def _polymorphic(gm: GraphModule, inputs: Any, base: Mapping[str, Any]) -> Compilation | None:
     """The graph with its token counts made symbolic and nothing reduced; None where it cannot be rewritten at all."""
     try:
-        return run_pipeline(gm, Options.parse({**EAGER, "r": 1}), inputs, skip=("insert_reductions",))
+        return run_pipeline(gm, Options.parse({**EAGER, **base, "r": 1}), inputs, skip=("insert_reductions",))
     except Unsupported:
         return None
 

@@ -1,0 +1,297 @@
+"""Where the branches of a block start and end: what may run on fewer tokens while the residual keeps every one.
+
+    x ------------------------------(+) y --------------------(+)     x, y: the residual stream
+    norm - enter - attention - proj --/  \\- norm - enter - mlp --/     enter: a branch's normalised input
+
+A branch is entered at the last node that all of it is computed from and that stands ahead of its first product, so that
+the projections, too, work on fewer tokens. It ends where it meets whole tokens again: at its residual add.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch.fx import Node
+
+from tofu_fx.graphs import is_op, tensor_inputs
+from tofu_fx.patterns import PRODUCTS
+from tofu_fx.placement import descendants, protected, token_places
+from tofu_fx.planning.site import Branch, Decline, Site
+from tofu_fx.tokens import Atom
+from tofu_fx.tracer import AxisTracer
+
+_PARALLEL = 8  # nodes of the residual stream that the branches of one block may start at
+_WORK = (*PRODUCTS, "linear", "addmm", "scaled_dot_product_attention", "conv1d", "conv2d", "convolution")
+
+
+def place_branches(
+    site: Site, plain: AxisTracer, order: Mapping[Node, int], kinds: Collection[str], others: Collection[Node]
+) -> None:
+    """Find the branches of a site's block, or decline the site.
+
+    Args:
+        site: an attention over tokens.
+        plain: the axes of the untouched graph.
+        order: the place of each node in the graph.
+        kinds: which branches are wanted: "attention", "mlp", "cross".
+        others: the nodes of all attentions over tokens, which are sites of their own.
+    """
+    attention = site.attention
+    queries = plain.space.flat(plain.of(attention.query)[attention.query_tokens])
+    if queries is None or queries.size < 2:
+        site.decline = Decline("there is one token", attention.node)
+        return
+    for tokens in _by_preference(queries, plain):
+        found = _attention_branch(site, tokens, plain, order)
+        if found is None:
+            continue
+        add, branch = found
+        run = _run_of(branch.enter, tokens, plain)
+        site.placement, site.reduce_at, site.tokens = "branch", branch.enter, run.size
+        site.lead, site.tail = _outside(run, tokens, plain)
+        site.grid = _grid_of(tokens, run.size - site.lead - site.tail, plain)
+        site.branches = (branch, *_next_branches(add, tokens, run, plain, order, kinds, others))
+        if run.size - site.lead - site.tail < 2:
+            site.decline = Decline(
+                f"too few tokens: {run.size}, of which {site.lead + site.tail} are protected", branch.enter
+            )
+        return
+    site.decline = Decline(
+        "no add joins the attention with the tokens that its queries come from: the branch has no end", attention.node
+    )
+
+
+def _by_preference(queries: Atom, plain: AxisTracer) -> list[Atom]:
+    """The tokens that may be reduced: of several streams that are attended to as one the images', then the longest."""
+    pieces = [atom for atom, _ in plain.space.pieces(queries) if atom is not None and atom.size > 1]
+    return sorted(pieces, key=lambda atom: (len(plain.space.factors(atom)) < 2, -atom.size))
+
+
+def _attention_branch(
+    site: Site, tokens: Atom, plain: AxisTracer, order: Mapping[Node, int]
+) -> tuple[Node, Branch] | None:
+    """The residual add of an attention, and its branch; None where there is none for these tokens."""
+    node = site.attention.node
+    reached = {node}
+    for user in sorted(descendants(node, order), key=order.__getitem__):
+        inputs = tensor_inputs(user)
+        if not any(value in reached for value in inputs):
+            continue
+        skips = [v for v in inputs if v not in reached and _carries(v, tokens, plain)]
+        if is_op(user, "add") and len(skips) == 1 and _same_rank(user, skips[0]):
+            enter = _entry(_attended(site), skips[0], tokens, plain, order)
+            if enter is not None:
+                return user, _branch("attention", enter, node, tokens, plain, order)
+        reached.add(user)
+    return None
+
+
+def _attended(site: Site) -> list[Node]:
+    """The queries, keys and values of an attention."""
+    attention = site.attention
+    if attention.scores is None:
+        return tensor_inputs(attention.node)[:3]
+    return [attention.query, attention.key, *(v for v in tensor_inputs(attention.node) if v not in attention.after)]
+
+
+def _next_branches(
+    add: Node,
+    tokens: Atom,
+    run: Atom,
+    plain: AxisTracer,
+    order: Mapping[Node, int],
+    kinds: Collection[str],
+    others: Collection[Node],
+) -> list[Branch]:
+    """The branches behind an attention's, up to the next attention over tokens, of the kinds that are wanted."""
+    found: list[Branch] = []
+    while True:
+        meeting = _next_add(add, tokens, plain, order)
+        if meeting is None:
+            return found
+        following, tail = meeting
+        enter = _entry([tail], add, tokens, plain, order)
+        if enter is None:
+            return found
+        branch = _branch("mlp", enter, tail, tokens, plain, order)
+        if any(node in others for node in branch.inside):
+            return found
+        if any(is_op(node, "scaled_dot_product_attention", "softmax") for node in branch.inside):
+            branch = replace(branch, kind="cross")
+        if branch.kind in kinds and _run_of(enter, tokens, plain) == run:
+            found.append(branch)
+        add = following
+
+
+def _branch(
+    kind: Literal["attention", "mlp"],
+    enter: Node,
+    end: Node,
+    tokens: Atom,
+    plain: AxisTracer,
+    order: Mapping[Node, int],
+) -> Branch:
+    ((dim, place),) = token_places(plain, enter, _run_of(enter, tokens, plain))
+    return Branch(kind, enter, _between(enter, end, order), dim, place)
+
+
+def _next_add(start: Node, tokens: Atom, plain: AxisTracer, order: Mapping[Node, int]) -> tuple[Node, Node] | None:
+    """The first residual add behind a node of the residual stream, and the operand that its branch is."""
+    reached: set[Node] = set()
+    for node in sorted(descendants(start, order), key=order.__getitem__):
+        inputs = tensor_inputs(node)
+        behind = [value for value in inputs if value in reached]
+        if is_op(node, "add") and start in inputs and len(behind) == 1 and _carries(behind[0], tokens, plain):
+            return node, behind[0]
+        if start in inputs or behind:
+            reached.add(node)
+    return None
+
+
+def _entry(
+    tails: Sequence[Node], skip: Node, tokens: Atom, plain: AxisTracer, order: Mapping[Node, int]
+) -> Node | None:
+    """Where a branch is entered that starts at the residual stream ``skip`` and leads to all of ``tails``.
+
+    None where the tails are not computed from the stream.
+    """
+    roots, origins = {skip}, [skip]  # the stream, what it is a multiple of, and what branches beside were added to
+    while origins:
+        node = origins.pop()
+        for value in tensor_inputs(node) if is_op(node, "mul", "div", "add") and len(roots) < _PARALLEL else ():
+            if value not in roots and _carries(value, tokens, plain):
+                roots.add(value)
+                origins.append(value)
+    seen, todo = set(tails), [(-order[node], node) for node in set(tails)]
+    heapq.heapify(todo)
+    narrow: list[Node] = []  # the nodes that all of the branch is computed from, the last one first
+    products: list[Node] = []
+    while todo:
+        _, node = heapq.heappop(todo)
+        if not todo:
+            narrow.append(node)
+        if node in roots:
+            narrow.append(node)
+            break
+        if is_op(node, *_WORK):
+            products.append(node)
+        for value in tensor_inputs(node):
+            if value not in seen and _carries(value, tokens, plain):
+                seen.add(value)
+                heapq.heappush(todo, (-order[value], value))
+    else:
+        return None
+    usable = [node for node in dict.fromkeys(narrow) if _is_enterable(node, tokens, plain)]
+    first = min((order[node] for node in products), default=len(order))
+    ahead = [node for node in usable if order[node] < first]
+    if ahead:
+        return max(ahead, key=order.__getitem__)
+    return min(usable, key=order.__getitem__) if usable else None
+
+
+def _is_enterable(node: Node, tokens: Atom, plain: AxisTracer) -> bool:
+    value = node.meta["val"]
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return False
+    own = _run_of(node, tokens, plain, missing_ok=True)
+    return own is not None and len(token_places(plain, node, own)) == 1
+
+
+def _carries(node: Node, tokens: Atom, plain: AxisTracer) -> bool:
+    """Whether a tensor has the tokens in one of its dims, alone or joined with others."""
+    return node in plain.depends and _run_of(node, tokens, plain, missing_ok=True) is not None
+
+
+def _run_of(node: Node, tokens: Atom, plain: AxisTracer, missing_ok: bool = False) -> Atom:
+    """The atom of a tensor that the tokens are, or are a part of (text and image as one)."""
+    for part in plain.parts(node):
+        for dim in part:
+            whole = plain.space.flat(dim)
+            for atom in (whole, *dim):
+                if atom is not None and (atom == tokens or (tokens, tokens.size) in plain.space.pieces(atom)):
+                    return atom
+    if missing_ok:
+        return None  # type: ignore[return-value]
+    raise AssertionError(f"{node.name} has no such tokens")
+
+
+def _same_rank(node: Node, other: Node) -> bool:
+    return bool(node.meta["val"].dim() == other.meta["val"].dim())
+
+
+def _between(start: Node, end: Node, order: Mapping[Node, int]) -> frozenset[Node]:
+    """The nodes on the ways from one node to another, with both ends."""
+    back, todo = {end}, [end]
+    while todo:
+        for value in todo.pop().all_input_nodes:
+            if value not in back and order[value] >= order[start]:
+                back.add(value)
+                todo.append(value)
+    forward = {start}
+    for node in sorted(back, key=order.__getitem__):
+        if any(value in forward for value in node.all_input_nodes):
+            forward.add(node)
+    return frozenset(back & forward)
+
+
+def _outside(run: Atom, tokens: Atom, plain: AxisTracer) -> tuple[int, int]:
+    """The protected tokens of a run ahead of and behind those that may be reduced."""
+    if run == tokens:
+        return protected(tokens, plain)
+    ahead, pieces = 0, plain.space.pieces(run)
+    for atom, size in pieces:
+        if atom == tokens:
+            return ahead, run.size - ahead - size
+        ahead += size
+    raise AssertionError("the tokens are no part of the run")
+
+
+def _grid_of(tokens: Atom, free: int, plain: AxisTracer) -> tuple[int, int, int] | None:
+    """Frames, height and width of the image (or video) whose places the tokens are."""
+    *frames, height, width = (1, *plain.space.factors(tokens))
+    if len(frames) == 0 or tokens.base.size != free:
+        return None
+    count = 1
+    for size in frames:
+        count *= size
+    return count, height, width
+
+
+def _read_apart(nodes: Sequence[Node], enter: Node) -> list[Node]:
+    """The users of a branch's entry that are not part of it: they join it with what comes out of it, or return it."""
+    behind: set[Node] = set()
+    apart = []
+    for node in nodes:
+        inputs = node.all_input_nodes
+        if enter in inputs and (node.op == "output" or any(value in behind for value in inputs)):
+            apart.append(node)
+        if enter in inputs or any(value in behind for value in inputs):
+            behind.add(node)
+    return apart
+
+
+def detach_entries(site: Site, plain: AxisTracer) -> None:
+    """Give the branches of a site entries of their own where others read them too (the residual of a post-norm block).
+
+    Appends ``aten.alias`` to the graph, with the axes of what it is an alias of.
+    """
+    branches = []
+    for branch in site.branches:
+        nodes = list(plain.graph.nodes)
+        apart = _read_apart(nodes, branch.enter)
+        if apart:
+            users = [user for user in branch.enter.users if user not in apart]
+            with plain.graph.inserting_after(branch.enter):
+                alias = plain.graph.call_function(torch.ops.aten.alias.default, (branch.enter,))
+            alias.meta = dict(branch.enter.meta)
+            for user in users:
+                user.replace_input_with(branch.enter, alias)
+            plain.axes[alias] = plain.of(branch.enter)
+            plain.depends.add(alias)
+            branch = replace(branch, enter=alias, inside=(branch.inside - {branch.enter}) | {alias})
+        branches.append(branch)
+    site.branches, site.reduce_at = tuple(branches), branches[0].enter
