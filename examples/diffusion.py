@@ -48,6 +48,7 @@ from tofu_fx.errors import TofuError
 from tofu_fx.report.figure import new_figure, save_figure
 
 METHODS = ("tofu", "tomesd")
+STRATEGIES = ("auto", "prune", "mean", "mlerp")
 # Each 2x2 cell of tokens keeps at least one.
 MOST = 0.75
 LOSS_SEED = 1
@@ -89,7 +90,7 @@ def make_variants(methods: Sequence[str], ratios: Sequence[float], inner_backend
 
 
 @contextmanager
-def prepare(model: Denoiser, variant: Variant, inner_backend: str) -> Iterator[nn.Module]:
+def prepare(model: Denoiser, variant: Variant, inner_backend: str, strategy: str = "auto") -> Iterator[nn.Module]:
     """The denoiser as the variant runs it; a compiled one compiles at its first call."""
     if variant.method == "tomesd":
         tomesd = importlib.import_module("tomesd")
@@ -102,7 +103,7 @@ def prepare(model: Denoiser, variant: Variant, inner_backend: str) -> Iterator[n
     elif variant.method == "tofu":
         # An example must not pass over a failure in silence by compiling the untouched graph.
         options: dict[str, Any] = {"ratio": variant.ratio, "placement": "branch", "on_error": "raise"}
-        options["inner_backend"] = inner_backend
+        options |= {"strategy": strategy, "inner_backend": inner_backend}
         unet = torch.compile(model.unet, backend="tofu", options=options, dynamic=False)
         yield Denoiser(cast(nn.Module, unet), model.prompts)
     elif variant.method == "compiled":
@@ -210,7 +211,7 @@ def run(args: argparse.Namespace, weights: Path, console: Console) -> None:
     with room, Progress(*columns, console=console) as progress:
         for variant in variants:
             task = progress.add_task(variant.label, total=3)
-            with prepare(model, variant, args.inner_backend) as prepared:
+            with prepare(model, variant, args.inner_backend, args.strategy) as prepared:
                 run_variant(variant, prepared, held_out, labels, args, partial(progress.advance, task))
     names = (*(CLASSES if facts["source"] == "cifar" else "0123456789"), "no class")
     heading = f"{args.steps} steps of DDIM, guidance {args.guidance:g}, from the same noise: tokens merged by ratio"
@@ -227,6 +228,7 @@ def parse(flags: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--train-minutes", type=float, help="train a denoiser for so long first, instead of --weights")
     parser.add_argument("--ratio", type=float, nargs="+", default=[0.3, 0.5, 0.6], help=f"one or several, up to {MOST}")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="what to set beside plain")
+    parser.add_argument("--strategy", choices=STRATEGIES, default="auto", help="tofu's; tomesd takes the mean")
     parser.add_argument("--labels", type=int, nargs="+", default=list(range(NULL)), help=f"classes; {NULL} is none")
     parser.add_argument("--steps", type=int, default=25, help="of the sampler")
     parser.add_argument("--guidance", type=float, default=2.0, help="1 is none")

@@ -20,6 +20,7 @@ from tofu_fx.rules import find_rule
 from tofu_fx.tokens import Atom, Axes, Barrier, Dim, dim_size, hint
 from tofu_fx.tracer import AxisTracer, trace
 
+_LINEAR = "linear attention: it sums over all tokens once and compares no two, so that fewer of them save little"
 _MASKED = {
     "later": "causal attention: a token must not see what is merged into it from later ones",
     "pairs": "the mask lets each token see some others only: of a merged token it would see more",
@@ -34,14 +35,36 @@ def find_attention(compilation: Compilation) -> None:
     compilation.axes = tracer
     compilation.attentions = list(find_attentions(graph))
     masks = Masks(compilation.gm, compilation.model_state, tracer.depends, compilation.example_inputs)
+    linear = _find_linear(compilation, tracer)
+    order = {node: i for i, node in enumerate(graph.nodes)}
     names: Counter[str] = Counter()
-    for attention in compilation.attentions:
+    for attention in sorted([*compilation.attentions, *linear], key=lambda attention: order[attention.node]):
         compilation.at = attention.node
         path = module_path(attention.node)
         name = path or "attention"
         names[name] += 1
         unique = f"{name}#{names[name]}" if names[name] > 1 else name
-        compilation.sites.append(_site(tracer, masks, attention, unique, path))
+        site = _site(tracer, masks, attention, unique, path)
+        if attention in linear:
+            site.decline = Decline(_LINEAR, attention.node)
+        compilation.sites.append(site)
+
+
+def _find_linear(compilation: Compilation, tracer: AxisTracer) -> list[Attention]:
+    """Products that sum keys and values over all tokens: linear attention, which never compares two tokens."""
+    known = {node for a in compilation.attentions for node in (a.node, a.scores)}
+    found = []
+    for node in compilation.gm.graph.nodes:
+        if node in known or not is_op(node, "matmul", "bmm"):
+            continue
+        left, right = node.args[:2]
+        a, b = tracer.of(left), tracer.of(right)
+        if min(len(a), len(b)) < 3 or left not in tracer.depends or right not in tracer.depends:
+            continue
+        summed, other = tracer.space.flat(a[-1]), tracer.space.flat(b[-2])
+        if summed is not None and summed == other and summed.base.kind == "plain" and summed.size > 1:
+            found.append(Attention(node, right, -2, -1, left, -1, -2))
+    return found
 
 
 def _site(tracer: AxisTracer, masks: Masks, attention: Attention, name: str, path: str) -> Site:

@@ -9,15 +9,18 @@ weights that leave the graph) is given up, with that place as the reason.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import networkx as nx
 import torch
 from torch.fx import Node
 
-from tofu_fx.branches import detach_entries, place_branches
+from tofu_fx.branches import detach_entries, place_branches, prefers_branch
 from tofu_fx.compilation import Compilation
+from tofu_fx.errors import OptionError
 from tofu_fx.graphs import is_op, value_graph
+from tofu_fx.options import BranchKind, Options
 from tofu_fx.placement import place_site, token_places
 from tofu_fx.planning.plan import Plan
 from tofu_fx.planning.site import Decline, Site
@@ -33,17 +36,78 @@ _WORK = ("linear", "matmul", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_pr
 
 
 def find_streams(compilation: Compilation) -> None:
-    """Set ``reduce_at``, ``lead``, ``tail`` and ``stream`` of each site, and the compilation's axes and barriers."""
-    plain = compilation.traced
-    _place(compilation, plain)
+    """Set ``placement``, ``reduce_at``, ``lead``, ``tail``, ``stream`` and ``branches`` of each site, and the
+    compilation's axes and barriers."""
+    found = [site for site in compilation.sites if site.matched]
+    plain, options = compilation.traced, compilation.options
+    placements = _planned(compilation, found)
+    _place(compilation, plain, found, placements)
+    _follow(compilation, plain)
+    if options.placement != "auto" or options.plan is not None:
+        return
+    better = [site for site in found if prefers_branch(site, compilation)]
+    if better:
+        # As a whole once more: where a stream is not reduced any more, others may be followed further.
+        kept = {site.id: (site.decline, site.notes) for site in found}
+        _reset(found)
+        _place(compilation, plain, found, {site.id: ("branch", options.branches) for site in better})
+        for site in better:
+            if not site.matched and kept[site.id][0] is not None:
+                site.decline = kept[site.id][0]
+        _follow(compilation, plain)
+
+
+def _planned(compilation: Compilation, sites: Sequence[Site]) -> dict[str, tuple[str, Sequence[BranchKind]]]:
+    """For each site its placement and, if that is "branch", the branches that are wanted."""
+    options = compilation.options
+    usual: tuple[str, Sequence[BranchKind]] = (options.placement, options.branches)
+    rows = {} if options.plan is None else {row.id: row for row in Plan.load(options.plan).sites}
+    if any(row.placement == "branch" for row in rows.values()):
+        usual = ("branch", options.branches)  # what a plan does not know was declined when it was made
+    return {site.id: (rows[site.id].placement, rows[site.id].branches) if site.id in rows else usual for site in sites}
+
+
+def _reset(sites: Sequence[Site]) -> None:
+    for site in sites:
+        site.decline, site.reduce_at, site.notes, site.placement, site.branches = None, None, [], "stream", ()
+
+
+def _place(
+    compilation: Compilation,
+    plain: AxisTracer,
+    sites: Sequence[Site],
+    placements: Mapping[str, tuple[str, Sequence[BranchKind]]],
+) -> None:
+    """Find where the tokens of each site are reduced; decline those of which a place is taken, or has none."""
+    graph = compilation.gm.graph
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    attentions = [site.attention.node for site in sites]
+    for site in sites:
+        compilation.at = site.attention.node
+        placement, kinds = placements.get(site.id, ("stream", ()))
+        if placement == "branch":
+            place_branches(site, plain, order, kinds, attentions, compilation.options.grid)
+        else:
+            place_site(site, plain, order)
     taken: dict[Node | None, Site] = {}
-    for site in compilation.sites:
+    entered: set[Node] = set()  # the MLP behind two attentions side by side is a branch of the first one
+    for site in sites:
         first = taken.setdefault(site.reduce_at, site) if site.matched else site
         if first is not site:
             reason = f"it ends at the same residual add as {first.id}, where tokens are reduced once"
             if site.placement == "branch":
                 reason = f"it reads the same tokens as {first.id}, where they are reduced once for both"
             site.decline = Decline(reason, site.attention.node)
+        elif site.matched and site.placement == "branch":
+            attention, *behind = site.branches
+            site.branches = (attention, *(branch for branch in behind if branch.enter not in entered))
+            entered.update(branch.enter for branch in behind)
+            detach_entries(site, plain)
+    graph.lint()
+
+
+def _follow(compilation: Compilation, plain: AxisTracer) -> None:
+    """Follow the tokens of the placed sites through the graph."""
     flow = value_graph(compilation.gm.graph)
     unknown: dict[str, int] = {}
     while True:
@@ -61,32 +125,13 @@ def find_streams(compilation: Compilation) -> None:
     compilation.axes, compilation.barriers = tracer, tracer.barriers
     for site in placed:
         _assign_stream(site, tracer)
+    _limit_resolutions(placed, compilation.options)
+    _check_grids(placed, compilation.options)
+    for site in placed:
         if site.matched and not _has_work(site, tracer, flow):
             assert site.reduce_at is not None
             reason = "nothing is computed on the tokens behind it, or they must be whole before"
             site.decline = Decline(reason, site.reduce_at)
-
-
-def _place(compilation: Compilation, plain: AxisTracer) -> None:
-    options, graph = compilation.options, compilation.gm.graph
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    attentions = [site.attention.node for site in compilation.sites if site.matched]
-    planned: dict[str, tuple[str, Sequence[str]]] = {}
-    if options.plan is not None:
-        planned = {row.id: (row.placement, row.branches) for row in Plan.load(options.plan).sites}
-    for site in compilation.sites:
-        if not site.matched:
-            continue
-        compilation.at = site.attention.node
-        placement, kinds = planned.get(site.id, (options.placement, options.branches))
-        if placement == "branch":
-            place_branches(site, plain, order, kinds, attentions)
-        else:
-            place_site(site, plain, order)
-    for site in compilation.sites:
-        if site.matched and site.placement == "branch":
-            detach_entries(site, plain)
-    graph.lint()
 
 
 def _reaches(site: Site, barrier: BarrierRecord, tracer: AxisTracer, flow: nx.DiGraph[Node]) -> bool:
@@ -144,6 +189,13 @@ def _assign_stream(site: Site, tracer: AxisTracer) -> None:
         site.decline = Decline("the stream's tokens cannot be followed to this residual add", site.reduce_at)
         return
     site.stream, site.lead, site.tail = atoms[0].base.stream, atoms[0].lead, atoms[0].tail
+    if site.placement == "branch" and site.stream not in tracer.branches:
+        site.decline = Decline("its tokens are those of a stream that is reduced already", site.reduce_at)
+        return
+    if site.placement == "branch" and not any(a.base is atoms[0].base for a in tracer.tokens(site.attention.query)):
+        reason = "what is done with its tokens ahead of the attention needs all of them"
+        site.decline = Decline(reason, site.attention.query)
+        return
     # A symbolic token count is guarded on: another number of tokens is another plan, so it compiles anew.
     dims = [i for i, dim in enumerate(tracer.of(site.reduce_at)) if atoms[0] in dim]
     if len(tracer.of(site.reduce_at)[dims[0]]) == 1:
@@ -151,6 +203,41 @@ def _assign_stream(site: Site, tracer: AxisTracer) -> None:
         if isinstance(size, torch.SymInt) and not isinstance(size.node.maybe_as_int(), int):
             site.notes.append(_VARYING)
         int(size)
+
+
+def _check_grids(sites: Sequence[Site], options: Options) -> None:
+    """Say once where no image is found, and refuse a grid that is nobody's."""
+    branches = [site for site in sites if site.matched and site.placement == "branch"]
+    wanted = (1, *options.grid) if options.grid else None
+    if wanted and branches and all(site.grid != wanted for site in branches):
+        found = ", ".join(sorted({str(site.tokens - site.lead - site.tail) for site in branches}))
+        raise OptionError(
+            f"option 'grid': {wanted[1]} x {wanted[2]} is {math.prod(wanted)} tokens, the sites have {found}: give "
+            "height and width of the image in tokens"
+        )
+    without = [site for site in branches if site.grid is None]
+    if without:
+        without[0].notes.append(
+            f"no image is found whose places the tokens of {len(without)} sites are, so every other token may stay "
+            "(ratios up to 0.5); if they are an image's, say so with options={'grid': (height, width)}"
+        )
+
+
+def _limit_resolutions(sites: Sequence[Site], options: Options) -> None:
+    """Decline the branches whose image is smaller than wanted, against the largest one that an attention sees."""
+    images = [site for site in sites if site.matched and site.placement == "branch" and site.grid is not None]
+    largest = max((site.grid[1] * site.grid[2] for site in images if site.grid), default=0)
+    limit = options.max_downsample or 1
+    for site in images:
+        assert site.grid is not None
+        smaller = math.sqrt(largest / (site.grid[1] * site.grid[2]))
+        if smaller > limit + 0.5 and options.plan is None:
+            assert site.reduce_at is not None
+            reason = (
+                f"its image is {smaller:.2g} times smaller each side than the largest that an attention sees, where "
+                f"little is to be gained: option 'max_downsample' is {limit}"
+            )
+            site.decline = Decline(reason, site.reduce_at)
 
 
 def _has_work(site: Site, tracer: AxisTracer, flow: nx.DiGraph[Node]) -> bool:

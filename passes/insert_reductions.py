@@ -89,6 +89,7 @@ def _write_nodes(compilation: Compilation, inputs: InputFakes, new: Graph, regio
             _add_branches(compilation, rewriter)
             new.output(rewriter.write_whole(node))
         elif node in barriers:
+            _check_gain(compilation, node, "its attention needs all tokens")
             rewriter.write_whole(node)
         elif not node.meta.get(LITERAL):
             _serve(compilation, rewriter, node)
@@ -123,8 +124,16 @@ def _serve(compilation: Compilation, rewriter: Rewriter, node: Node) -> None:
         values = tuple(value for value in tensor_inputs(node) if compilation.traced.tokens(value))
         if not values or compilation.traced.is_fatal(node, values):
             raise
+        _check_gain(compilation, node, str(barrier))
         compilation.barriers.append(BarrierRecord(node, str(barrier), values))
         rewriter.write_whole(node)
+
+
+def _check_gain(compilation: Compilation, node: Node, reason: str) -> None:
+    """Give up a branch whose attention cannot be served: it would be entered for nothing."""
+    for site in compilation.reducing:
+        if site.placement == "branch" and site.attention.node is node:
+            raise _SiteLost(site, reason)
 
 
 def _give_up_site(compilation: Compilation, site: Site, reason: str) -> None:

@@ -32,8 +32,9 @@ def make_polymorphic(compilation: Compilation) -> None:
     tracer = compilation.traced
     barriers = {barrier.node for barrier in compilation.barriers}
     for node in list(compilation.gm.graph.nodes):
-        touched = [node, *tensor_inputs(node)]
-        if node.op != "call_function" or node in barriers or not any(tracer.tokens(value) for value in touched):
+        # Where a stream starts the node itself still has all of its tokens.
+        carried = any(tracer.tokens(value) for value in tensor_inputs(node))
+        if node.op != "call_function" or node in barriers or not carried:
             continue
         compilation.at = node
         if is_op(node, *_SHAPED):

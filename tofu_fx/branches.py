@@ -17,19 +17,26 @@ from typing import Literal
 import torch
 from torch.fx import Node
 
+from tofu_fx.compilation import Compilation
 from tofu_fx.graphs import is_op, tensor_inputs
 from tofu_fx.patterns import PRODUCTS
 from tofu_fx.placement import descendants, protected, token_places
 from tofu_fx.planning.site import Branch, Decline, Site
-from tofu_fx.tokens import Atom
+from tofu_fx.tokens import Atom, Axes, hint
 from tofu_fx.tracer import AxisTracer
 
+FEW_SITES = 2
 _PARALLEL = 8  # nodes of the residual stream that the branches of one block may start at
 _WORK = (*PRODUCTS, "linear", "addmm", "scaled_dot_product_attention", "conv1d", "conv2d", "convolution")
 
 
 def place_branches(
-    site: Site, plain: AxisTracer, order: Mapping[Node, int], kinds: Collection[str], others: Collection[Node]
+    site: Site,
+    plain: AxisTracer,
+    order: Mapping[Node, int],
+    kinds: Collection[str],
+    others: Collection[Node],
+    grid: tuple[int, int] | None = None,
 ) -> None:
     """Find the branches of a site's block, or decline the site.
 
@@ -39,13 +46,14 @@ def place_branches(
         order: the place of each node in the graph.
         kinds: which branches are wanted: "attention", "mlp", "cross".
         others: the nodes of all attentions over tokens, which are sites of their own.
+        grid: height and width of the image, where the user knows what the graph does not show.
     """
     attention = site.attention
     queries = plain.space.flat(plain.of(attention.query)[attention.query_tokens])
     if queries is None or queries.size < 2:
         site.decline = Decline("there is one token", attention.node)
         return
-    for tokens in _by_preference(queries, plain):
+    for tokens in _by_preference(queries, plain, grid):
         found = _attention_branch(site, tokens, plain, order)
         if found is None:
             continue
@@ -53,7 +61,8 @@ def place_branches(
         run = _run_of(branch.enter, tokens, plain)
         site.placement, site.reduce_at, site.tokens = "branch", branch.enter, run.size
         site.lead, site.tail = _outside(run, tokens, plain)
-        site.grid = _grid_of(tokens, run.size - site.lead - site.tail, plain)
+        free = run.size - site.lead - site.tail
+        site.grid = (1, *grid) if grid and grid[0] * grid[1] == free else _grid_of(tokens, free, plain)
         site.branches = (branch, *_next_branches(add, tokens, run, plain, order, kinds, others))
         if run.size - site.lead - site.tail < 2:
             site.decline = Decline(
@@ -65,10 +74,11 @@ def place_branches(
     )
 
 
-def _by_preference(queries: Atom, plain: AxisTracer) -> list[Atom]:
+def _by_preference(queries: Atom, plain: AxisTracer, grid: tuple[int, int] | None) -> list[Atom]:
     """The tokens that may be reduced: of several streams that are attended to as one the images', then the longest."""
     pieces = [atom for atom, _ in plain.space.pieces(queries) if atom is not None and atom.size > 1]
-    return sorted(pieces, key=lambda atom: (len(plain.space.factors(atom)) < 2, -atom.size))
+    known = grid[0] * grid[1] if grid else 0
+    return sorted(pieces, key=lambda atom: (atom.size != known, len(plain.space.factors(atom)) < 2, -atom.size))
 
 
 def _attention_branch(
@@ -214,9 +224,20 @@ def _run_of(node: Node, tokens: Atom, plain: AxisTracer, missing_ok: bool = Fals
             for atom in (whole, *dim):
                 if atom is not None and (atom == tokens or (tokens, tokens.size) in plain.space.pieces(atom)):
                     return atom
+        if _is_map(part, tokens, plain):
+            return tokens
     if missing_ok:
         return None  # type: ignore[return-value]
     raise AssertionError(f"{node.name} has no such tokens")
+
+
+def _is_map(axes: Axes, tokens: Atom, plain: AxisTracer) -> bool:
+    """Whether a tensor has the tokens as a map: height and width in dims of their own, side by side."""
+    factors = plain.space.flattened(tokens)
+    single = [dim[0] if len(dim) == 1 else None for dim in axes]
+    return len(factors) > 1 and any(
+        tuple(single[i : i + len(factors)]) == factors for i in range(len(axes) - len(factors) + 1)
+    )
 
 
 def _same_rank(node: Node, other: Node) -> bool:
@@ -272,6 +293,54 @@ def _read_apart(nodes: Sequence[Node], enter: Node) -> list[Node]:
         if enter in inputs or any(value in behind for value in inputs):
             behind.add(node)
     return apart
+
+
+def prefers_branch(site: Site, compilation: Compilation) -> bool:
+    """Whether a site, placed on its stream, should reduce the branches of its block instead.
+
+    Measured (docs/dense.md): a stream that many layers reduce a little each, and that is restored once, loses less than
+    branches do at the same operations, on a dense ViT; one that must be whole behind one or two layers (between the
+    convolutions of a UNet) loses far more. A model that gives back what it was given, as a denoiser does, needs
+    the detail of every token, which only the residual stream has.
+    """
+    if not site.matched:
+        return site.reduce_at is None  # no place on the stream was found for it
+    tracer = compilation.traced
+    if not any(
+        atom.base.stream == site.stream for b in compilation.barriers for v in b.values for atom in tracer.tokens(v)
+    ):
+        return False
+    members = [other for other in compilation.sites if other.matched and other.stream == site.stream]
+    return len(members) <= FEW_SITES or _gives_back_its_input(site, compilation)
+
+
+def _gives_back_its_input(site: Site, compilation: Compilation) -> bool:
+    """Whether an output has the shape of an input that is not the residual stream itself; channels may be doubled.
+
+    (A denoiser that predicts a variance, too, has twice as many.)
+    """
+    assert site.reduce_at is not None
+    stream = site.reduce_at.meta["val"].shape
+    inputs = [
+        n.meta.get("val") for n in compilation.gm.graph.find_nodes(op="placeholder") if n not in compilation.model_state
+    ]
+    for given in inputs:
+        if not isinstance(given, torch.Tensor) or given.dim() < 3 or not given.is_floating_point():
+            continue
+        for made in compilation.traced_outputs:
+            if not isinstance(made, torch.Tensor) or made.dim() != given.dim():
+                continue
+            channels = 1 if given.dim() > 3 else given.dim() - 1
+            rest = [i for i in range(given.dim()) if i != channels]
+            same = all(hint(given.shape[i]) == hint(made.shape[i]) for i in rest)
+            is_stream = given.dim() == len(stream) and hint(given.shape[-1]) == hint(stream[-1]) and channels > 1
+            if (
+                same
+                and not is_stream
+                and hint(made.shape[channels]) in (hint(given.shape[channels]), 2 * hint(given.shape[channels]))
+            ):
+                return True
+    return False
 
 
 def detach_entries(site: Site, plain: AxisTracer) -> None:

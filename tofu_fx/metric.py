@@ -99,9 +99,8 @@ class Metric:
         stream, version, rewriter = self.stream, self.version, self.rewriter
         axes = list(rewriter.tracer.of(source))
         place, feature = (d % len(axes) for d in (place, feature))
-        node = rewriter.env.get((source, rewriter.native.get(source, 0)))
-        if node is None:
-            node = rewriter.ahead(source)
+        now = rewriter.native.get(source, 0)
+        node = rewriter.env[source, now] if now else rewriter.ahead(source)
         if not token_atoms((axes[place],)):
             axes[place] = (self._first_run(source, place),)
         run = axes[place][0]
@@ -133,7 +132,9 @@ class Metric:
             return self._over_keys(self._visible(seen, dims), dims, len(dims) - 1)
         way, after = attention.way, attention.after
         dims, place = tracer.of(way[-1]), attention.softmax_dim % len(tracer.of(way[-1]))
-        scores = self.rewriter.env[way[0], self.rewriter.native.get(way[0], 0)]
+        version = self.rewriter.native.get(way[0], 0)
+        # Only their shape is read: what compiles the graph drops the product, if it is made for that alone.
+        scores = self.rewriter.env[way[0], version] if version else self.rewriter.ahead(way[0])
         blank = emit.call(aten.zeros_like.default, scores)
         if is_op(way[0], "baddbmm"):
             blank = emit.call(aten.add.Tensor, blank, self._aside(way[0], tensor_inputs(way[0])[0]))
@@ -149,7 +150,7 @@ class Metric:
             return self.rewriter.at(value, self.version)
         newest = {self.stream.run.base.stream: self.version}
         rebased = self.rewriter.companions.rebased(consumer, newest) if self.version else {}
-        return rebased.get(value, self.rewriter.env[value, 0])
+        return rebased[value] if value in rebased else self.rewriter.ahead(value)
 
     def _along(self, way: tuple[Node, ...], value: Node) -> Node:
         """Append the ops of a way again, for another tensor at its start."""

@@ -184,6 +184,11 @@ class Space:
         """The sizes of the axes that were flattened into the base of an atom: height and width of an image's tokens."""
         return tuple(factor.size for factor in self._factors.get(atom.base, (Atom(atom.base, 0, atom.base.size),)))
 
+    def flattened(self, atom: Atom) -> tuple[Atom, ...]:
+        """The axes whose product an atom is, all of it; the atom itself if it is none."""
+        whole = (atom.offset, atom.size) == (0, atom.base.size)
+        return self._factors.get(atom.base, (atom,)) if whole else (atom,)
+
     def pieces(self, atom: Atom) -> tuple[tuple[Atom | None, int], ...]:
         """What was concatenated into the base of an atom (atom and size of each part); the atom itself if nothing was.
 
