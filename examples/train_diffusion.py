@@ -1,7 +1,7 @@
 """Train the denoiser of `examples/diffusion_model.py`, and write examples/denoiser.safetensors.
 
-    python examples/train_diffusion.py --minutes 70                          # as long as for the carried file
-    python examples/train_diffusion.py --minutes 70 --resume                 # go on where a run was cut off
+    python examples/train_diffusion.py --minutes 61                          # as for the carried file: one core
+    python examples/train_diffusion.py --minutes 61 --resume                 # go on where a run was cut off
     python examples/train_diffusion.py --source digits --minutes 5 --output digits.safetensors
 
 The first part of the time goes to pictures of half the size, 16x16, which is four to five times as quick for each: the
@@ -242,7 +242,7 @@ def run_training(args: argparse.Namespace, console: Console) -> None:
 def parse(flags: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", choices=SOURCES, default=default_source(), help="the pictures")
-    parser.add_argument("--minutes", type=float, default=70.0, help="how long to train, of all runs together")
+    parser.add_argument("--minutes", type=float, default=61.0, help="how long to train, of all runs together")
     parser.add_argument("--steps", type=int, help="train for so many steps instead")
     parser.add_argument("--coarse-share", type=float, default=0.4, help="how much of that at half the size, 0 to 1")
     parser.add_argument("--batch", type=int, default=32, help="pictures a step at half the size; half as many at full")

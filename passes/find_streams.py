@@ -9,8 +9,10 @@ weights that leave the graph) is given up, with that place as the reason.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import networkx as nx
 import torch
@@ -50,21 +52,35 @@ def find_streams(compilation: Compilation) -> None:
         # As a whole once more: where a stream is not reduced any more, others may be followed further.
         kept = {site.id: (site.decline, site.notes) for site in found}
         _reset(found)
-        _place(compilation, plain, found, {site.id: ("branch", options.branches) for site in better})
+        _place(
+            compilation,
+            plain,
+            found,
+            {site.id: _Placement("branch", options.branches, options.grid) for site in better},
+        )
         for site in better:
             if not site.matched and kept[site.id][0] is not None:
                 site.decline = kept[site.id][0]
         _follow(compilation, plain)
 
 
-def _planned(compilation: Compilation, sites: Sequence[Site]) -> dict[str, tuple[str, Sequence[BranchKind]]]:
-    """For each site its placement and, if that is "branch", the branches that are wanted."""
+class _Placement(NamedTuple):
+    """Where one site's tokens are to be reduced and, if in branches, in which of them, and what image they are of."""
+
+    kind: str
+    branches: Sequence[BranchKind] = ()
+    grid: tuple[int, int] | None = None
+
+
+def _planned(compilation: Compilation, sites: Sequence[Site]) -> dict[str, _Placement]:
     options = compilation.options
-    usual: tuple[str, Sequence[BranchKind]] = (options.placement, options.branches)
-    rows = {} if options.plan is None else {row.id: row for row in Plan.load(options.plan).sites}
+    usual = _Placement(options.placement, options.branches, options.grid)
+    rows: dict[str, Any] = {} if options.plan is None else {row.id: row for row in Plan.load(options.plan).sites}
     if any(row.placement == "branch" for row in rows.values()):
-        usual = ("branch", options.branches)  # what a plan does not know was declined when it was made
-    return {site.id: (rows[site.id].placement, rows[site.id].branches) if site.id in rows else usual for site in sites}
+        usual = usual._replace(kind="branch")  # what a plan does not know was declined when it was made
+    for name, row in rows.items():
+        rows[name] = _Placement(row.placement, row.branches, options.grid or (tuple(row.grid) if row.grid else None))
+    return {site.id: rows.get(site.id, usual) for site in sites}
 
 
 def _reset(sites: Sequence[Site]) -> None:
@@ -76,7 +92,7 @@ def _place(
     compilation: Compilation,
     plain: AxisTracer,
     sites: Sequence[Site],
-    placements: Mapping[str, tuple[str, Sequence[BranchKind]]],
+    placements: Mapping[str, _Placement],
 ) -> None:
     """Find where the tokens of each site are reduced; decline those of which a place is taken, or has none."""
     graph = compilation.gm.graph
@@ -84,9 +100,9 @@ def _place(
     attentions = [site.attention.node for site in sites]
     for site in sites:
         compilation.at = site.attention.node
-        placement, kinds = placements.get(site.id, ("stream", ()))
-        if placement == "branch":
-            place_branches(site, plain, order, kinds, attentions, compilation.options.grid)
+        placement = placements.get(site.id, _Placement("stream"))
+        if placement.kind == "branch":
+            place_branches(site, plain, order, placement.branches, attentions, placement.grid)
         else:
             place_site(site, plain, order)
     taken: dict[Node | None, Site] = {}
@@ -224,18 +240,22 @@ def _check_grids(sites: Sequence[Site], options: Options) -> None:
 
 
 def _limit_resolutions(sites: Sequence[Site], options: Options) -> None:
-    """Decline the branches whose image is smaller than wanted, against the largest one that an attention sees."""
+    """Decline the branches whose image is smaller than wanted, against the largest one that an attention sees.
+
+    In a UNet, whose images get smaller and then larger again, only the largest ones are taken unless more are wanted:
+    the others have little work to save, and detail that is lost there is lost for all that follows.
+    """
     images = [site for site in sites if site.matched and site.placement == "branch" and site.grid is not None]
-    largest = max((site.grid[1] * site.grid[2] for site in images if site.grid), default=0)
-    limit = options.max_downsample or 1
-    for site in images:
-        assert site.grid is not None
-        smaller = math.sqrt(largest / (site.grid[1] * site.grid[2]))
-        if smaller > limit + 0.5 and options.plan is None:
+    sizes = [site.grid[1] * site.grid[2] for site in images if site.grid]
+    limit: float = options.max_downsample or (1 if any(a < b for a, b in itertools.pairwise(sizes)) else math.inf)
+    planned = set() if options.plan is None else {row.id for row in Plan.load(options.plan).sites}
+    for site, size in zip(images, sizes, strict=True):
+        smaller = math.sqrt(max(sizes) / size)
+        if smaller > limit + 0.5 and site.id not in planned:
             assert site.reduce_at is not None
             reason = (
-                f"its image is {smaller:.2g} times smaller each side than the largest that an attention sees, where "
-                f"little is to be gained: option 'max_downsample' is {limit}"
+                f"its image is {smaller:.2g} times smaller each side than the largest that an attention sees, and "
+                f"option 'max_downsample' is {limit}"
             )
             site.decline = Decline(reason, site.reduce_at)
 

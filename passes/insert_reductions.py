@@ -110,10 +110,23 @@ def _add_branches(compilation: Compilation, rewriter: Rewriter) -> None:
     order = {node: i for i, node in enumerate(compilation.gm.graph.nodes)}
     for i, entry in enumerate(compilation.rehearsed or ()):
         assert entry.site.reduce_at is not None
-        branch = next_branch(entry.site.reduce_at, order)
+        if entry.site.placement == "branch":
+            branch = _end_of(compilation, entry.site)
+        else:
+            branch = next_branch(entry.site.reduce_at, order)
         if branch is not None and rewriter.native.get(branch) == rewriter.native[entry.site.reduce_at]:
             with suppress(Barrier):
                 compilation.rehearsed[i] = replace(entry, branch=rewriter.canonical(branch))  # type: ignore[index]
+
+
+def _end_of(compilation: Compilation, site: Site) -> Node | None:
+    """What the attention's branch of a site adds to its residual stream."""
+    tracer = compilation.traced
+    for barrier in compilation.barriers:
+        for value in barrier.values if barrier.node in tracer.ends else ():
+            if any(atom.base.stream == site.stream for atom in tracer.tokens(value)):
+                return value
+    return None
 
 
 def _serve(compilation: Compilation, rewriter: Rewriter, node: Node) -> None:

@@ -127,7 +127,9 @@ _ONE_BLOCK = (
 
 def _is_one_block(compilation: Compilation) -> bool:
     """Whether a stream comes in as an input, has one site, and goes out whole: a block compiled on its own."""
-    if len(compilation.reducing) != 1 or any(site.planned and not site.r for site in compilation.sites):
+    if [site.placement for site in compilation.reducing] != ["stream"] or any(
+        site.planned and not site.r for site in compilation.sites
+    ):
         return False
     (site,), tracer = compilation.reducing, compilation.traced
     assert site.reduce_at is not None

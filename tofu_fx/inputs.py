@@ -28,6 +28,8 @@ from tofu_fx.errors import Unsupported
 from tofu_fx.layout import Count
 from tofu_fx.planning.site import Site
 
+_COUNT = "tokens_"
+
 
 def fake_mode_of(gm: GraphModule) -> FakeTensorMode:
     """The fake mode of a graph's placeholders."""
@@ -78,7 +80,8 @@ class InputFakes:
         environment = self.fake_mode.shape_env
         assert environment is not None
         symbol = environment.create_unspecified_symbol(site.tokens_out, source, DimDynamic.DYNAMIC)
-        node = graph.placeholder(f"tokens_{site.tokens_out}")
+        known = sum(str(node.target).startswith(_COUNT) for node in graph.find_nodes(op="placeholder"))
+        node = graph.placeholder(f"{_COUNT}{known}_{site.tokens_out}")
         node.meta["val"] = environment.create_symintnode(symbol, hint=site.tokens_out, source=source)
         node._dynamo_source = None
         return node

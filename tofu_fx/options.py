@@ -30,7 +30,7 @@ class Options(BaseModel):
 
     strategy: Strategy = "auto"
     """"prune", "mean" or "mlerp" everywhere; "auto" without a calibrated plan prunes in the first half of the layers
-    and merges with MLERP after (arXiv 2312.01026, section 4)."""
+    and merges with MLERP after (arXiv 2312.01026, section 4); with placement "branch" it takes the mean."""
 
     match: Literal["auto"] | Match = "auto"
     """What tokens are compared by: the attention's "keys" averaged over its heads (the paper's, and "auto"), the keys
@@ -56,8 +56,8 @@ class Options(BaseModel):
     """Height and width of the image's tokens, for models that get their tokens already flattened (Flux)."""
 
     max_downsample: Literal[1, 2, 4, 8] | None = None
-    """With placement "branch": sites whose grid is so many times smaller (each side) than the largest are left alone;
-    None is 1."""
+    """With placement "branch": sites whose image is more than so many times smaller (each side) than the largest that
+    an attention sees are left alone. None: 1 in UNets (whose images get smaller and larger again), else no limit."""
 
     reuse: Reuse = "block"
     """With placement "branch": branches of one "block" share one match, all sites of one "resolution" do, or "none"."""

@@ -43,6 +43,7 @@ def calibrate(
     seed: int = 0,
     batch_size: int = 16,
     inner_backend: InnerBackend = "inductor",
+    options: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Plan:
     """Measure a model on a few inputs and plan which of its layers lose how many tokens, and how.
@@ -65,6 +66,8 @@ def calibrate(
         seed: of the pairs of samples and of the search. The same seed gives the same plan, as far as times allow.
         batch_size: at most so many samples in one call.
         inner_backend: what compiles the graphs whose speed is measured.
+        options: options of the backend that say where tokens may go: ``placement``, ``branches``, ``cell``, ``grid``,
+            ``max_downsample``, ``proportional_attention``.
         progress: whether to show a progress bar on stderr.
 
     Returns:
@@ -92,7 +95,7 @@ def calibrate(
             stacklevel=2,
         )
     started = time.perf_counter()
-    with Trial(model, Options()) as trial, Progress(progress) as bar:
+    with Trial(model, _placing(options)) as trial, Progress(progress) as bar:
         survey = Survey(trial, batches, bar, random.Random(seed), metric)
         survey.run_plain()
         _announce(survey, target)
@@ -125,6 +128,15 @@ def calibrate(
         notes=decider.notes,
     )
     return Plan(model=_name_of(model), calibration=calibration, sites=rows)
+
+
+def _placing(options: Mapping[str, Any] | None) -> Options:
+    """The options that calibration can be told; the others are what it decides."""
+    known = ("placement", "branches", "cell", "grid", "max_downsample", "proportional_attention")
+    for key in options or {}:
+        if key not in known:
+            raise CalibrationError(f"options: calibration takes {', '.join(known)}; it decides on {key!r} itself")
+    return Options.parse(options)
 
 
 def _announce(survey: Survey, target: Target) -> None:

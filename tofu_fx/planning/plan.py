@@ -44,10 +44,10 @@ class PlanRow(_Record):
     ``graph`` (which of the model's Dynamo graphs), ``id``, ``tokens``, ``heads`` and ``dim`` identify the site;
     ``strategy``, ``match`` (what tokens are compared by) and ``r`` are the decision, as is the ``placement``: with
     "branch" the ``branches`` of the block that run on fewer tokens, and the side of the ``cell`` of which one token
-    stays. The rest is what calibration measured there, None or empty in other plans: the ``linearity`` of the branch
-    behind the site between samples (arXiv 2312.01026) and between the tokens that would be merged
-    (``pair_linearity``), the ``error`` at the model's output that is put down to this site, and the ``reason`` for the
-    decision in words.
+    stays (``grid`` is height and width of the image). The rest is what calibration measured there, None or empty in
+    other plans: the ``linearity`` of the branch behind the site between samples (arXiv 2312.01026) and between the
+    tokens that would be merged (``pair_linearity``), the ``error`` at the model's output that is put down to this
+    site, and the ``reason`` for the decision in words.
     """
 
     graph: int = Field(default=0, ge=0)
@@ -62,6 +62,7 @@ class PlanRow(_Record):
     placement: Literal["stream", "branch"] = "stream"
     branches: list[BranchKind] = Field(default_factory=list)
     cell: int | None = Field(default=None, ge=2)
+    grid: list[int] | None = None
     linearity: Spread | None = None
     pair_linearity: Spread | None = None
     error: float | None = None
@@ -83,6 +84,7 @@ class PlanRow(_Record):
             placement=site.placement,
             branches=[branch.kind for branch in site.branches],
             cell=site.cell if site.cells else None,
+            grid=list(site.grid[1:]) if site.cells and site.grid and site.grid[0] == 1 else None,
         )
 
     @property
