@@ -19,20 +19,19 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import timm
 import torch
+from clock import share_in_operators
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch._inductor.utils import fresh_cache
 
 import tofu_fx
-from tofu_fx.ops import fuse
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -73,31 +72,6 @@ def compile_cold(model: torch.nn.Module, x: torch.Tensor, options: dict[str, Any
         return compiled, time.perf_counter() - start
 
 
-def share_in_operators(compiled: Any, x: torch.Tensor) -> float:
-    """Share of a run that is spent matching and merging, by a clock around the operator.
-
-    (A profiler's own cost, paid at each of the operator's many small ATen calls, would count double here.)
-    """
-    inside = 0.0
-
-    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
-            nonlocal inside
-            start = time.perf_counter()
-            try:
-                return function(*args)
-            finally:
-                inside += time.perf_counter() - start
-
-        return run
-
-    with mock.patch.object(fuse, "_fuse", timed(fuse._fuse)):
-        start = time.perf_counter()
-        for _ in range(10):
-            compiled(x)
-        return inside / (time.perf_counter() - start)
-
-
 def pass_seconds(depth: int, batch: int) -> float:
     """Seconds that the compiler's own passes take for a ViT-B of this depth (median of three)."""
     model = timm.create_model("vit_base_patch16_224", depth=depth).eval()
@@ -132,7 +106,7 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             median_ms=round(1e3 * statistics.median(times[name][2:]), 1),
             speedup=round(statistics.median(ratios), 3),
             compile_ratio=round(found[name]["cold_compile_s"] / found["plain"]["cold_compile_s"], 2),
-            operators_share=round(share_in_operators(run, x), 4) if name != "plain" else 0.0,
+            operators_share=round(share_in_operators(partial(run, x)), 4) if name != "plain" else 0.0,
         )
     return {
         "model": args.model,

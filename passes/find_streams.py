@@ -18,7 +18,8 @@ import networkx as nx
 import torch
 from torch.fx import Node
 
-from tofu_fx.branches import detach_entries, place_branches, prefers_branch
+from tofu_fx.branches import detach_entries, place_branches
+from tofu_fx.choice import prefers_branch
 from tofu_fx.compilation import Compilation
 from tofu_fx.errors import OptionError
 from tofu_fx.graphs import is_op, value_graph

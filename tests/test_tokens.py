@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tofu_fx.tokens import Atom, Barrier, Base, Dim, Space, dim_size, hint, token_dim
+from tofu_fx.space import Space
+from tofu_fx.tokens import Atom, Barrier, Base, Dim, dim_size, hint, token_dim
 
 
 def token(size: int, lead: int = 0, tail: int = 0) -> Atom:

@@ -17,15 +17,13 @@ from typing import Literal
 import torch
 from torch.fx import Node
 
-from tofu_fx.compilation import Compilation
 from tofu_fx.graphs import is_op, tensor_inputs
 from tofu_fx.patterns import PRODUCTS
 from tofu_fx.placement import descendants, protected, token_places
 from tofu_fx.planning.site import Branch, Decline, Site
-from tofu_fx.tokens import Atom, Axes, hint
+from tofu_fx.tokens import Atom, Axes
 from tofu_fx.tracer import AxisTracer
 
-FEW_SITES = 2
 _PARALLEL = 8  # nodes of the residual stream that the branches of one block may start at
 _WORK = (*PRODUCTS, "linear", "addmm", "scaled_dot_product_attention", "conv1d", "conv2d", "convolution")
 
@@ -293,54 +291,6 @@ def _read_apart(nodes: Sequence[Node], enter: Node) -> list[Node]:
         if enter in inputs or any(value in behind for value in inputs):
             behind.add(node)
     return apart
-
-
-def prefers_branch(site: Site, compilation: Compilation) -> bool:
-    """Whether a site, placed on its stream, should reduce the branches of its block instead.
-
-    Measured (docs/dense.md): a stream that many layers reduce a little each, and that is restored once, loses less than
-    branches do at the same operations, on a dense ViT; one that must be whole behind one or two layers (between the
-    convolutions of a UNet) loses far more. A model that gives back what it was given, as a denoiser does, needs
-    the detail of every token, which only the residual stream has.
-    """
-    if not site.matched:
-        return site.reduce_at is None  # no place on the stream was found for it
-    tracer = compilation.traced
-    if not any(
-        atom.base.stream == site.stream for b in compilation.barriers for v in b.values for atom in tracer.tokens(v)
-    ):
-        return False
-    members = [other for other in compilation.sites if other.matched and other.stream == site.stream]
-    return len(members) <= FEW_SITES or _gives_back_its_input(site, compilation)
-
-
-def _gives_back_its_input(site: Site, compilation: Compilation) -> bool:
-    """Whether an output has the shape of an input that is not the residual stream itself; channels may be doubled.
-
-    (A denoiser that predicts a variance, too, has twice as many.)
-    """
-    assert site.reduce_at is not None
-    stream = site.reduce_at.meta["val"].shape
-    inputs = [
-        n.meta.get("val") for n in compilation.gm.graph.find_nodes(op="placeholder") if n not in compilation.model_state
-    ]
-    for given in inputs:
-        if not isinstance(given, torch.Tensor) or given.dim() < 3 or not given.is_floating_point():
-            continue
-        for made in compilation.traced_outputs:
-            if not isinstance(made, torch.Tensor) or made.dim() != given.dim():
-                continue
-            channels = 1 if given.dim() > 3 else given.dim() - 1
-            rest = [i for i in range(given.dim()) if i != channels]
-            same = all(hint(given.shape[i]) == hint(made.shape[i]) for i in rest)
-            is_stream = given.dim() == len(stream) and hint(given.shape[-1]) == hint(stream[-1]) and channels > 1
-            if (
-                same
-                and not is_stream
-                and hint(made.shape[channels]) in (hint(given.shape[channels]), 2 * hint(given.shape[channels]))
-            ):
-                return True
-    return False
 
 
 def detach_entries(site: Site, plain: AxisTracer) -> None:

@@ -16,13 +16,14 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from tofu_fx.companions import Companions, scores_dims
+from tofu_fx.companions import Companions
 from tofu_fx.compilation import Compilation
 from tofu_fx.graphs import LITERAL, argument, is_op, tensor_inputs
-from tofu_fx.layout import Count, Emitter, Layout, align, aten
+from tofu_fx.layout import Count, Emitter, Layout, aten
 from tofu_fx.metric import Metric, batch_of
 from tofu_fx.options import Match
 from tofu_fx.planning.site import Branch, Rehearsed, Site
+from tofu_fx.proportional import attention_bias, biased_attention, weighted
 from tofu_fx.streams import Stream, Version
 from tofu_fx.tokens import Axes, Barrier, hint, token_atoms, token_dim
 from tofu_fx.tracer import AxisTracer
@@ -163,27 +164,28 @@ class Rewriter:
             return
         newest: dict[int, int] = {}
         for value in carried:
-            number = self._number(value)
+            number = self.number(value)
             newest[number] = max(newest.get(number, 0), self.native.get(value, 0))
-        mapping: dict[Any, Any] = {value: self.at(value, newest[self._number(value)]) for value in carried}
+        mapping: dict[Any, Any] = {value: self.at(value, newest[self.number(value)]) for value in carried}
         mapping.update(self.companions.rebased(node, newest))
         if node in self.tracer.pools:
-            mapping[node.args[0]] = self._weighted(node, mapping[node.args[0]], newest)
-        bias = self._bias(node, mapping, newest)
+            mapping[node.args[0]] = weighted(self, node, mapping[node.args[0]], newest)
+        bias = attention_bias(self, node, mapping, newest)
         if bias is not None and is_op(node, "scaled_dot_product_attention"):
-            new = self._biased_attention(node, mapping, bias)
+            new = biased_attention(self, node, mapping, bias)
         else:
             if bias is not None:
                 mapping[node.args[0]] = self.emit.call(aten.add.Tensor, mapping[node.args[0]], bias)
             new = self.copy(node, mapping)
-        version = newest.get(self._number(node), 0) if self.tracer.tokens(node) else 0
+        version = newest.get(self.number(node), 0) if self.tracer.tokens(node) else 0
         self.env[node, version] = new
         if version:
             self.native[node] = version
             if self._continues_chain(node, version):
                 self.chain.add(node)
 
-    def _number(self, node: Node) -> int:
+    def number(self, node: Node) -> int:
+        """The number of the stream whose tokens a node carries."""
         return self.tracer.tokens(node)[0].base.stream
 
     def _traced_size(self, node: Node) -> Any:
@@ -201,7 +203,7 @@ class Rewriter:
         ends = node in self.tracer.ends
         mapping = {value: self.whole(value, copied=ends) for value in self._reduced_inputs(node)}
         if node.op == "output":
-            return map_arg(node.args[0], lambda n: self._as_traced(n, self._mapped(n, mapping)))
+            return map_arg(node.args[0], lambda n: self._as_traced(n, self.mapped(n, mapping)))
         self.env[node, 0] = self.copy(node, mapping)
         return None
 
@@ -219,14 +221,14 @@ class Rewriter:
 
     def copy(self, node: Node, mapping: dict[Node, Any]) -> Any:
         """Append a node again with some inputs replaced, the others whole."""
-        return self.emit.copy(node, lambda n: self._mapped(n, mapping))
+        return self.emit.copy(node, lambda n: self.mapped(n, mapping))
 
-    def _mapped(self, node: Node, mapping: dict[Node, Any]) -> Any:
+    def mapped(self, node: Node, mapping: dict[Node, Any]) -> Any:
         """An input of a node that is being written. Literals follow the input that they are the size of."""
         if node in mapping:
             return mapping[node]
         if node.meta.get(LITERAL):
-            return self.emit.copy(node, lambda n: self._mapped(n, mapping))
+            return self.emit.copy(node, lambda n: self.mapped(n, mapping))
         return self.env[node, 0]
 
     def _continues_chain(self, node: Node, version: int) -> bool:
@@ -240,63 +242,6 @@ class Rewriter:
         unchanged = is_op(node, "dropout") and (not argument(node, "train") or argument(node, "p") == 0)
         recast = is_op(node, "to") and node.meta["val"].dtype == inputs[0].meta["val"].dtype
         return is_op(node, *_SAME) or unchanged or recast
-
-    # ---- attention and pooling ----------------------------------------------------------------------------------
-
-    def _weighted(self, node: Node, value: Any, newest: dict[int, int]) -> Any:
-        """The input of a pooling over tokens, weighted by size: sum(x) -> sum(size x), mean(x) -> sum(size x) / N.
-
-        ``mean`` divides by the tokens there are, so its weights are size / mean size.
-        """
-        source = node.args[0]
-        assert isinstance(source, Node)
-        stream, layout = self.stream_of(source), self.layout(source)
-        assert stream is not None
-        version = newest[self._number(source)]
-        sizes = stream.sizes_of(self.emit, version, layout.atom)
-        weights = align(self.emit, sizes, layout.axes, layout.tokens, stream.batch)
-        if self.tracer.pools[node] == "mean":
-            # Sizes add up to the tokens there were, so their mean is what there were for each that there is.
-            weights = self.emit.call(
-                aten.div.Tensor, weights, self.emit.call(aten.mean.dim, weights, [layout.tokens], True)
-            )
-        weights = self.emit.call(aten.to.dtype, weights, value.meta["val"].dtype)
-        return self.emit.call(aten.mul.Tensor, value, weights)
-
-    def _bias(self, node: Node, mapping: dict[Any, Any], newest: dict[int, int]) -> Node | None:
-        """Proportional attention: log(size) of the keys, shaped for the scores. None where it has no place."""
-        if self.compilation.options.proportional_attention is False:
-            return None
-        if is_op(node, "scaled_dot_product_attention"):
-            dims = scores_dims(self.tracer, node)
-            place = len(dims) - 1
-        elif node in self.tracer.attention_nodes and is_op(node, "softmax", "_softmax"):
-            dims = self.tracer.of(node)
-            place = int(argument(node, "dim")) % len(dims)
-        else:
-            return None
-        if not token_atoms((dims[place],)):
-            return None
-        run = dims[place][0]
-        stream, version = self.streams.get(run.base.stream), newest.get(run.base.stream, 0)
-        if stream is None or version == 0:
-            return None
-        first: Any = argument(node, "query") if is_op(node, "scaled_dot_product_attention") else node.args[0]
-        dtype = self._mapped(first, mapping).meta["val"].dtype
-        return align(self.emit, stream.log_size(self.emit, version, run, dtype), dims, place, stream.batch)
-
-    def _biased_attention(self, node: Node, mapping: dict[Node, Any], bias: Node) -> Any:
-        """The fused op with the bias in its mask."""
-        mask = argument(node, "attn_mask")
-        if mask is not None:
-            mask = self._mapped(mask, mapping)
-            if mask.meta["val"].dtype == torch.bool:
-                bias = self.emit.call(aten.where.ScalarOther, mask, bias, float("-inf"))
-            else:
-                bias = self.emit.call(aten.add.Tensor, mask, bias)
-        args = [self._mapped(argument(node, name), mapping) for name in ("query", "key", "value")]
-        options = {name: argument(node, name) for name in ("dropout_p", "scale", "enable_gqa")}
-        return self.emit.call(node.target, *args, bias, options.pop("dropout_p"), False, **options)
 
     # ---- reducing --------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,8 @@ import torch
 from torch.fx import Graph, Node
 
 from tofu_fx.graphs import is_alias, is_op, source_line, tensor_inputs
-from tofu_fx.tokens import Atom, Axes, Barrier, Dim, Space, dim_size, hint, token_atoms
+from tofu_fx.space import Space
+from tofu_fx.tokens import Atom, Axes, Barrier, Dim, dim_size, hint, token_atoms
 
 Seed = Callable[["AxisTracer", Axes], Axes]
 

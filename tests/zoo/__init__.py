@@ -4,6 +4,7 @@
 """
 
 from tests.zoo.case import Case
+from tests.zoo.diffusion_catalogue import DIFFUSION_CASES
 from tests.zoo.handwritten import HANDWRITTEN
 from tests.zoo.other_catalogue import OTHER_CASES
 from tests.zoo.registry import Entry
@@ -14,7 +15,12 @@ from tests.zoo.vision import TIMM, TORCHVISION, TRANSFORMERS
 ZOO: dict[str, Entry] = {**TIMM, **TRANSFORMERS, **TORCHVISION, **HANDWRITTEN}
 CATALOGUE: dict[str, Case] = {
     f"{library}: {name}": case
-    for library, cases in (("timm", TIMM_CASES), ("transformers", TRANSFORMERS_CASES), ("other", OTHER_CASES))
+    for library, cases in (
+        ("timm", TIMM_CASES),
+        ("transformers", TRANSFORMERS_CASES),
+        ("diffusers", DIFFUSION_CASES),
+        ("other", OTHER_CASES),
+    )
     for name, case in cases.items()
 }
 

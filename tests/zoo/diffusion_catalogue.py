@@ -12,8 +12,8 @@ from tests.zoo.case import Case
 
 BATCH, TEXT = 2, 7
 CROSS = ("are different tokens",)
-SMALLER = ("max_downsample",)
-LINEAR = "linear attention has none"
+SMALLER = ("max_downsample",)  # half of the largest image
+LINEAR = ("linear attention",)
 
 
 class Called(nn.Module):
@@ -226,17 +226,24 @@ def _sana_text(generator: Generator) -> dict[str, Any]:
     return {"encoder_hidden_states": _noise(generator, BATCH, TEXT, 24), "timestep": torch.tensor([10, 900])}
 
 
+# Self-attention at 16 x 16, cross-attention, then the same at 8 x 8, in the middle, and back up twice.
+UNET = (*CROSS, *(*SMALLER, *CROSS) * 4, *CROSS * 2)
+
 DIFFUSION_CASES: dict[str, Case] = {
-    "UNet2DConditionModel, Stable Diffusion": Case(lambda: Called(unet()), unet_inputs, sites=3),
-    "UNet2DConditionModel, SDXL": Case(_sdxl, unet_inputs, _sdxl_inputs, sites=3),
-    "UNet2DConditionModel, ControlNet": Case(lambda: Called(unet()), unet_inputs, _controlled, sites=3),
+    "UNet2DConditionModel, Stable Diffusion": Case(lambda: Called(unet()), unet_inputs, sites=3, declined=UNET),
+    "UNet2DConditionModel, SDXL": Case(
+        _sdxl, unet_inputs, _sdxl_inputs, sites=3, declined=(*CROSS, *(*SMALLER, *CROSS) * 8, *CROSS * 2)
+    ),
+    "UNet2DConditionModel, ControlNet": Case(lambda: Called(unet()), unet_inputs, _controlled, sites=3, declined=UNET),
     "DiTTransformer2DModel": Case(_dit, _image, _steps, sites=3),
-    "PixArtTransformer2DModel": Case(_pixart, _image, _captions, sites=3),
+    "PixArtTransformer2DModel": Case(_pixart, _image, _captions, sites=3, declined=CROSS * 3),
     "SD3Transformer2DModel": Case(_sd3, _image, _joint, sites=3),
     "SD3Transformer2DModel, two attentions": Case(
         lambda: _sd3(dual_attention_layers=(0,), qk_norm="rms_norm"), _image, _joint, sites=4
     ),
     "FluxTransformer2DModel": Case(_flux, lambda generator: (), _flux_inputs, sites=4),
-    "SanaTransformer2DModel": Case(_sana, lambda generator: _image(generator, 8), _sana_text, reason=LINEAR),
-    "UVit2DModel": Case(_uvit, lambda generator: (), _uvit_inputs, sites=3),
+    "SanaTransformer2DModel": Case(
+        _sana, lambda generator: _image(generator, 8), _sana_text, declined=(*LINEAR, *CROSS) * 2
+    ),
+    "UVit2DModel": Case(_uvit, lambda generator: (), _uvit_inputs, sites=3, declined=CROSS * 7),
 }
