@@ -100,7 +100,7 @@ def rewrite(
         return Outcome(None, message, (message,))
     notes = tuple(f"{site.id}: {note}" for site in compilation.sites for note in site.notes)
     if _is_one_block(compilation):
-        notes = (*notes, _ONE_BLOCK)
+        notes = (*notes, _ONE_BLOCK[compilation.reducing[0].placement])
     if compilation.reducing:
         message = f"{len(compilation.reducing)} of {len(compilation.sites)} attention sites reduced"
         logger.info(message)
@@ -119,29 +119,52 @@ def rewrite(
     return Outcome(compilation, message, (*notes, message))
 
 
-_ONE_BLOCK = (
-    "the graph is one block of a model: each call of it removes the same share of the tokens and restores them at its "
-    "end, so only what follows the attention inside the block gets faster; compile the whole model instead"
-)
+_ONE_BLOCK = {
+    "stream": (
+        "the graph is one block of a model: each call of it removes the same share of the tokens and restores them at "
+        "its end, so only what follows the attention inside the block gets faster; compile the whole model instead"
+    ),
+    "branch": (
+        "the graph is one block of a model: each call of it runs its attention on the same share of the tokens, "
+        "whichever layer it is; compile the whole model to have layers treated each in its own way"
+    ),
+}
 
 
 def _is_one_block(compilation: Compilation) -> bool:
     """Whether a stream comes in as an input, has one site, and goes out whole: a block compiled on its own."""
-    if [site.placement for site in compilation.reducing] != ["stream"] or any(
-        site.planned and not site.r for site in compilation.sites
-    ):
+    if len(compilation.reducing) != 1 or any(site.planned and not site.r for site in compilation.sites):
         return False
     (site,), tracer = compilation.reducing, compilation.traced
     assert site.reduce_at is not None
     inputs = [n for n in tracer.graph.find_nodes(op="placeholder") if n not in compilation.model_state]
     streams = [*(node.meta.get("val") for node in inputs), *compilation.traced_outputs[:1]]
-    goes_out = any(barrier.node.op == "output" for barrier in compilation.barriers)
+    goes_out = site.placement == "branch" or any(barrier.node.op == "output" for barrier in compilation.barriers)
     return goes_out and sum(_shape(value) == _shape(site.reduce_at.meta["val"]) for value in streams) > 1
 
 
 def _shape(value: Any) -> list[str] | None:
     """A shape to be compared without a guard on its symbols."""
     return [str(size) for size in value.shape] if isinstance(value, torch.Tensor) else None
+
+
+def refuse_pipeline(model: Any) -> None:
+    """Raise TofuError for an object that holds several modules and calls them in turn: one is to be compiled."""
+    parts = getattr(model, "components", None)
+    if isinstance(model, torch.nn.Module) or not isinstance(parts, Mapping):
+        return
+    sizes = {
+        name: sum(p.numel() for p in part.parameters())
+        for name, part in parts.items()
+        if isinstance(part, torch.nn.Module)
+    }
+    if sizes:
+        names = sorted(sizes, key=sizes.__getitem__, reverse=True)
+        raise TofuError(
+            f"{type(model).__name__} is a pipeline, not a module: compile the one of its modules that is called at "
+            f"each step, for example pipe.{names[0]} = torch.compile(pipe.{names[0]}, backend='tofu') "
+            f"(its modules: {', '.join(names)})"
+        )
 
 
 def run_once(model: Any, backend: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

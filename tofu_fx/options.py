@@ -12,6 +12,7 @@ from tofu_fx.errors import OptionError
 
 Strategy = Literal["auto", "prune", "mean", "mlerp"]
 Match = Literal["keys", "heads", "queries_keys", "features"]
+Placement = Literal["auto", "stream", "branch"]
 BranchKind = Literal["attention", "mlp", "cross"]
 Reuse = Literal["none", "block", "resolution"]
 
@@ -37,9 +38,11 @@ class Options(BaseModel):
     of all "heads" side by side, "queries_keys" of all heads, or the stream's own "features". The wider ones cost more
     and match better."""
 
-    placement: Literal["auto", "stream", "branch"] = "auto"
-    """Where tokens are reduced: "stream" (the residual stream, after the attention's add) is what "auto" takes.
-    "branch" reduces what goes into the attention and restores it before the residual add, which keeps every token."""
+    placement: Placement = "auto"
+    """Where tokens are reduced: "stream" is the residual stream, behind the attention's add. "branch" reduces what goes
+    into the attention and restores it before the residual add, which keeps every token. "auto" takes branches where a
+    stream must soon be whole again and where the model gives back what it was given (UNets, denoisers), else the
+    stream."""
 
     branches: tuple[BranchKind, ...] = ("attention",)
     """With placement "branch": which branches of a block run on fewer tokens; "attention", and "mlp" or "cross" (the

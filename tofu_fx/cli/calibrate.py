@@ -22,6 +22,9 @@ then, in Python:
 """
 
 
+PLACEMENT = "tokens go on the residual stream, or in the branches of each block (%(default)s)"
+
+
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_model_arguments(parser)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the plan to write, as JSON")
@@ -32,6 +35,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     target.add_argument("--flops", type=share, metavar="S", help="share of the operations that is left, such as 0.6")
     target.add_argument("--error", type=above_zero, metavar="E", help="error of the outputs that is allowed")
     inputs.add_input_arguments(parser, samples=48)
+    parser.add_argument("--placement", choices=get_args(Placement), default="auto", help=PLACEMENT)
     parser.add_argument("--metric", choices=("relative_l2", "kl"), help="what error is (kl for class scores)")
     parser.add_argument(
         "--policy", choices=("auto", "sensitivity", "linearity"), default="auto", help="prune or merge by (%(default)s)"
@@ -73,6 +77,7 @@ def _run(args: argparse.Namespace) -> None:
         seed=args.seed,
         batch_size=args.batch,
         inner_backend=args.inner_backend,
+        options={"placement": args.placement},
         progress=not args.quiet,
     )
     plan.save(args.output)

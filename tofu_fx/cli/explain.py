@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from tofu_fx.cli import inputs, models
 from tofu_fx.cli.command import Command, counts, share
-from tofu_fx.options import Match, Strategy
+from tofu_fx.options import Match, Placement, Strategy
 
 EPILOG = f"""\
 {models.SOURCES}
@@ -29,6 +29,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     amount.add_argument("--r", type=counts, metavar="N", help="tokens gone in each layer: 8, or one a layer as 8,8,4")
     parser.add_argument("--strategy", choices=get_args(Strategy), help="how they go (auto: by depth, or by the plan)")
     parser.add_argument("--match", choices=get_args(Match), help="what tokens are compared by (keys)")
+    parser.add_argument("--placement", choices=get_args(Placement), help="on the stream, or in each block's branches")
     inputs.add_input_arguments(parser, samples=2)
 
 
@@ -39,7 +40,8 @@ def _run(args: argparse.Namespace) -> None:
     import tofu_fx
     from tofu_fx.options import Options
 
-    given: dict[str, Any] = {key: getattr(args, key) for key in ("plan", "ratio", "r", "strategy", "match")}
+    keys = ("plan", "ratio", "r", "strategy", "match", "placement")
+    given: dict[str, Any] = {key: getattr(args, key) for key in keys}
     if args.plan is not None:
         given["plan"] = tofu_fx.Plan.load(args.plan)
     # Read before the model is: a contradiction is no reason to wait.

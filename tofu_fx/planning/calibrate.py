@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from tofu_fx.backend import refuse_pipeline
 from tofu_fx.errors import CalibrationError, TofuWarning
 from tofu_fx.options import Options
 from tofu_fx.planning.batches import device_of, read_batches
@@ -77,6 +78,7 @@ def calibrate(
         CalibrationError: inputs, a target or a model that calibration cannot work with; says what to do.
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile returned stands for the model inside
+    refuse_pipeline(model)
     target = Target.read(speedup=speedup, flops=flops, error=error)
     if not callable(model):
         raise CalibrationError(f"model: expected a module or a function, got {type(model).__name__}")

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.fx import GraphModule
 
-from tofu_fx.backend import Outcome, rewrite, run_once
+from tofu_fx.backend import Outcome, refuse_pipeline, rewrite, run_once
 from tofu_fx.options import Options
 from tofu_fx.planning.batches import Batch
 from tofu_fx.planning.flops import count_flops
@@ -156,7 +156,9 @@ def explain(
 
     Raises:
         OptionError, PlanError: as the backend would.
+        TofuError: a pipeline of several modules; says which to take.
     """
+    refuse_pipeline(model)
     parsed = Options.parse(options)
     explanation = Explanation()
 
