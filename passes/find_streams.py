@@ -19,7 +19,7 @@ import torch
 from torch.fx import Node
 
 from tofu_fx.branches import detach_entries, place_branches
-from tofu_fx.choice import prefers_branch
+from tofu_fx.choice import FEW_SITES, prefers_branch
 from tofu_fx.compilation import Compilation
 from tofu_fx.errors import OptionError
 from tofu_fx.graphs import is_op, value_graph
@@ -51,7 +51,7 @@ def find_streams(compilation: Compilation) -> None:
     better = [site for site in found if prefers_branch(site, compilation)]
     if better:
         # As a whole once more: where a stream is not reduced any more, others may be followed further.
-        kept = {site.id: (site.decline, site.notes) for site in found}
+        kept = {site.id: site.decline for site in found}
         _reset(found)
         _place(
             compilation,
@@ -60,8 +60,8 @@ def find_streams(compilation: Compilation) -> None:
             {site.id: _Placement("branch", options.branches, options.grid) for site in better},
         )
         for site in better:
-            if not site.matched and kept[site.id][0] is not None:
-                site.decline = kept[site.id][0]
+            if not site.matched and kept[site.id] is not None:
+                site.decline = kept[site.id]
         _follow(compilation, plain)
 
 
@@ -78,7 +78,7 @@ def _planned(compilation: Compilation, sites: Sequence[Site]) -> dict[str, _Plac
     usual = _Placement(options.placement, options.branches, options.grid)
     rows: dict[str, Any] = {} if options.plan is None else {row.id: row for row in Plan.load(options.plan).sites}
     if any(row.placement == "branch" for row in rows.values()):
-        usual = usual._replace(kind="branch")  # what a plan does not know was declined when it was made
+        usual = usual._replace(kind="either")
     for name, row in rows.items():
         rows[name] = _Placement(row.placement, row.branches, options.grid or (tuple(row.grid) if row.grid else None))
     return {site.id: rows.get(site.id, usual) for site in sites}
@@ -86,7 +86,7 @@ def _planned(compilation: Compilation, sites: Sequence[Site]) -> dict[str, _Plac
 
 def _reset(sites: Sequence[Site]) -> None:
     for site in sites:
-        site.decline, site.reduce_at, site.notes, site.placement, site.branches = None, None, [], "stream", ()
+        site.decline, site.reduce_at, site.placement, site.branches = None, None, "stream", ()
 
 
 def _place(
@@ -102,10 +102,11 @@ def _place(
     for site in sites:
         compilation.at = site.attention.node
         placement = placements.get(site.id, _Placement("stream"))
-        if placement.kind == "branch":
-            place_branches(site, plain, order, placement.branches, attentions, placement.grid)
-        else:
+        if placement.kind != "branch":
             place_site(site, plain, order)
+        # What a plan does not know was declined when it was made: if not for its stream's sake, then for its branch's.
+        if placement.kind == "branch" or (placement.kind == "either" and site.matched):
+            place_branches(site, plain, order, placement.branches, attentions, placement.grid)
     taken: dict[Node | None, Site] = {}
     entered: set[Node] = set()  # the MLP behind two attentions side by side is a branch of the first one
     for site in sites:
@@ -233,7 +234,7 @@ def _check_grids(sites: Sequence[Site], options: Options) -> None:
             "height and width of the image in tokens"
         )
     without = [site for site in branches if site.grid is None]
-    if without:
+    if len(without) > FEW_SITES:
         without[0].notes.append(
             f"no image is found whose places the tokens of {len(without)} sites are, so every other token may stay "
             "(ratios up to 0.5); if they are an image's, say so with options={'grid': (height, width)}"

@@ -33,7 +33,7 @@ def batch_of(tracer: AxisTracer, site: Site, axes: Axes) -> tuple[Atom, ...]:
         # An axis of the keys that the stream lacks may be its batch under another name: to take it for heads would
         # match all samples as one.
         raise Barrier("the batch of the keys cannot be lined up with the stream's")
-    return tuple(atom for atom in own if atom in keys)
+    return tuple(atom for atom in own if atom in keys and atom.base.kind != "feature")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ CHANNELS = ("attention between channels",)
 SHARED = ("same residual add",)
 #: attention and MLP are added at once, so behind the last block's there is only the pooling
 LAST = ("nothing is computed",)
+LINEAR = ("linear attention",)
 #: windows, or tokens in two dims of the stream
 WINDOWS = ("residual stream",)
 
@@ -210,7 +211,8 @@ OTHERS: dict[str, Case] = {
         window_size=4,
         global_attn_indexes=(1, 3),
         neck_chans=16,
-        declined=WINDOWS * 4,
+        sites=2,
+        declined=WINDOWS * 2,
     ),
     "tiny_vit": _timm(
         "tiny_vit_5m_224",
@@ -274,7 +276,7 @@ OTHERS: dict[str, Case] = {
         serial_depths=(1, 1, 1, 1),
         parallel_depth=1,
         embed_dims=(32,) * 4,
-        reason="no attention",
+        declined=LINEAR * 7,
     ),
     "coat_lite": _timm(
         "coat_lite_tiny",
@@ -282,7 +284,7 @@ OTHERS: dict[str, Case] = {
         img_size=64,
         serial_depths=(1, 1, 1, 1),
         embed_dims=(16, 16, 32, 32),
-        reason="no attention",
+        declined=LINEAR * 4,
     ),
     "volo": _timm(
         VOLO,
@@ -291,7 +293,8 @@ OTHERS: dict[str, Case] = {
         layers=(1, 2, 1, 1),
         embed_dims=(24, 48, 48, 48),
         num_heads=(3, 3, 3, 3),
-        declined=(*WINDOWS * 4, *OTHER_TOKENS * 2),
+        sites=4,
+        declined=OTHER_TOKENS * 2,
     ),
     "efficientformer": _timm(
         "efficientformer_l1", 224, depths=(1, 1, 1, 3), embed_dims=(16, 16, 32, 48), num_vit=2, sites=2
@@ -306,7 +309,7 @@ OTHERS: dict[str, Case] = {
         declined=("aten.conv2d between",) * 2 + OTHER_TOKENS + ("aten.conv2d between",) * 2,
     ),
     "edgenext": _timm("edgenext_xx_small", 64, depths=(1, 2, 2, 2), declined=CHANNELS * 3),
-    "fastvit": _timm("fastvit_sa12", 128, layers=(1, 1, 1, 2), embed_dims=(32, 32, 32, 64), declined=WINDOWS * 2),
+    "fastvit": _timm("fastvit_sa12", 128, layers=(1, 1, 1, 2), embed_dims=(32, 32, 32, 64), sites=2),
     "repvit": _timm("repvit_m1", 64, reason="no attention"),
     "visformer": _timm("visformer_tiny", 128, img_size=128, embed_dim=48, depth=(1, 2, 2), declined=WINDOWS * 4),
     "poolformer": _timm(MetaFormer, 64, dims=(16, 16, 32, 32), depths=(1, 1, 1, 1), reason="no attention"),

@@ -274,7 +274,9 @@ TRANSFORMERS_CASES: dict[str, Case] = {
         hf.SwinBackbone, hf.SwinConfig, images(64), {**_SWIN, "out_indices": [1, 2]}, declined=_WINDOWS * 2
     ),
     "owlvit": Case(_owlvit, lambda generator: (), _two_queries, DEPTH, ("causal",) * DEPTH),
-    "sam_vision": _case(hf.SamVisionModel, hf.SamVisionConfig, images(96), _SAM, declined=("residual stream",) * 4),
+    "sam_vision": _case(
+        hf.SamVisionModel, hf.SamVisionConfig, images(96), _SAM, sites=2, declined=("residual stream",) * 2
+    ),
     "bert": _text(hf.BertModel, hf.BertConfig),
     "bert_padded": _text(hf.BertModel, hf.BertConfig, {"kwargs": padded()}),
     "roberta": _text(hf.RobertaModel, hf.RobertaConfig, {"kwargs": padded()}, pad_token_id=1),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
 from tofu_fx.cli import inputs, models
 from tofu_fx.cli.command import Command, above_one, above_zero, note, positive, require_folder, share
+from tofu_fx.options import Placement
 
 EPILOG = f"""\
 {models.SOURCES}

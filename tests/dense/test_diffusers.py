@@ -1,0 +1,280 @@
+"""diffusers' denoisers with their branches reduced: proofs of every one, and whole pipelines."""
+
+from __future__ import annotations
+
+import functools
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+import transformers
+from peft import LoraConfig
+from torch import Tensor, nn
+
+import tofu_fx
+from tests.harness import Study, compiled, randomise, relative_error, same_bits, study
+from tests.zoo.diffusion_catalogue import CROSS, DIFFUSION_CASES, TEXT, Called, unet, unet_inputs
+from tofu_fx.testing import MEANING_TOLERANCE, prove
+
+ALL = ["attention", "mlp", "cross"]
+EVERYWHERE = {"placement": "branch", "branches": ALL, "max_downsample": 8}
+fuse_tokens = torch.ops.tofu.fuse_tokens.default
+rebase = torch.ops.tofu.rebase.default
+
+#: what is found with all branches at every resolution: self-attentions, of which the catalogue's default may have fewer
+SITES = {"UNet2DConditionModel, SDXL": 11, **{name: 7 for name in DIFFUSION_CASES if name.startswith("UNet")}}
+SITES["UNet2DConditionModel, SDXL"] = 11
+#: Flux does not show the image of its tokens; the largest graphs are proved at one site beside the whole
+MORE: dict[str, dict[str, Any]] = {"FluxTransformer2DModel": {"grid": (8, 8)}}
+STEPS = {"UNet2DConditionModel, SDXL": 1, "UNet2DConditionModel, ControlNet": 1}
+#: denoisers that say so by their shapes; UVit2DModel makes logits of a picture's codes, Sana has no softmax
+BRANCHED = (
+    "UNet2DConditionModel, Stable Diffusion",
+    "DiTTransformer2DModel",
+    "PixArtTransformer2DModel",
+    "SD3Transformer2DModel",
+    "FluxTransformer2DModel",
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Any:
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("name", DIFFUSION_CASES)
+def test_every_branch_of_every_denoiser_is_rewritten_right(name: str) -> None:
+    case = DIFFUSION_CASES[name]
+    args, kwargs = case.inputs()
+    options = {**EVERYWHERE, **MORE.get(name, {})}
+    proofs = prove(case.model(), *args, steps=STEPS.get(name, 2), options=options, **kwargs).check()
+    assert len(proofs.matched) == SITES.get(name, case.sites)
+    assert {site.placement for site in proofs.matched} <= {"branch"}
+    # What is left are cross-attentions, and linear ones.
+    declined = [str(site.decline) for site in proofs.sites if not site.matched]
+    assert all(any(words in reason for words in (*CROSS, "linear attention")) for reason in declined), declined
+
+
+@functools.cache
+def studied(name: str) -> Study:
+    """A case under the options that tests below look at, traced once."""
+    case = DIFFUSION_CASES[name]
+    args, kwargs = case.inputs()
+    variants: dict[str, Any] = {"auto": {"ratio": 0.5}}
+    if name.startswith("UNet"):
+        variants |= {f"max {limit}": {"ratio": 0.5, "max_downsample": limit} for limit in (1, 2, 8)}
+        variants |= {"all": {**EVERYWHERE, "ratio": 0.5}}
+    if name.startswith("Flux"):
+        variants |= {"grid": {"ratio": 0.75, "grid": (8, 8)}, "too much": {"ratio": 0.9, "grid": (8, 8)}}
+    with torch.no_grad():
+        return study(case.model(), *args, variants=variants, proofs=False, **kwargs)
+
+
+@pytest.mark.parametrize("name", BRANCHED)
+def test_default_placement_of_denoisers_is_in_their_branches(name: str) -> None:
+    found, case = studied(name), DIFFUSION_CASES[name]
+    rows = [tofu_fx.PlanRow.of(site) for site in found.reducing("auto")]
+    assert [(row.placement, row.branches) for row in rows] == [("branch", ["attention"])] * case.sites
+    assert [row.strategy for row in rows] == ["mean"] * case.sites
+    assert all(2 * row.r == row.tokens or (row.tokens, row.r) == (71, 32) for row in rows)
+    assert len(found.nodes("auto", fuse_tokens)) == case.sites
+    assert 1e-3 < relative_error(found.outputs["auto"], found.outputs["plain"]) < 1
+
+
+def test_explain_shows_the_placement_and_the_image_of_each_row() -> None:
+    case = DIFFUSION_CASES["DiTTransformer2DModel"]
+    args, kwargs = case.inputs()
+    explained = tofu_fx.explain(case.model(), *args, options={"ratio": 0.5}, **kwargs)
+    assert [(row.placement, row.grid, row.cell) for row in explained.plan.sites] == [("branch", [8, 8], 2)] * 3
+    assert explained.flops_after < explained.flops_before
+
+
+def test_flux_without_a_grid_keeps_every_second_token_and_says_what_would_help() -> None:
+    found = studied("FluxTransformer2DModel")
+    assert {site.grid for site in found.reducing("auto")} == {None}
+    (outcome,) = found.outcomes["auto"]
+    assert any("no image is found" in message and "'grid'" in message for message in outcome.warnings)
+
+
+def test_flux_with_a_grid_reaches_three_quarters_of_the_image_and_none_of_the_text() -> None:
+    found = studied("FluxTransformer2DModel")
+    assert found.outcomes["grid"][0].warnings == ()
+    # Two blocks with a stream of images beside the text's, then two with both as one, the text first.
+    assert [(site.lead, site.tail, site.r) for site in found.reducing("grid")] == [(0, 0, 48)] * 2 + [(TEXT, 0, 48)] * 2
+    fused = found.nodes("grid", fuse_tokens)
+    assert [tuple(node.args[5:7]) for node in fused] == [(0, 0)] * 2 + [(TEXT, 0)] * 2
+    assert [list(node.args[7]) for node in fused] == [[1, 8, 8, 2, 0]] * 4
+    assert found.outputs["grid"].isfinite().all()
+    assert relative_error(found.outputs["grid"], found.outputs["auto"]) > 1e-3
+
+
+def test_flux_beyond_the_cap_is_capped_aloud() -> None:
+    found = studied("FluxTransformer2DModel")
+    assert [site.r for site in found.reducing("too much")] == [48] * 4
+    messages = found.outcomes["too much"][0].warnings
+    assert any("capped at 48" in m and "0.75" in m and "larger 'cell'" in m for m in messages), messages
+    assert same_bits(found.outputs["too much"], found.outputs["grid"])
+
+
+def test_sana_is_declined_for_its_linear_attention_and_runs_untouched() -> None:
+    case = DIFFUSION_CASES["SanaTransformer2DModel"]
+    args, kwargs = case.inputs()
+    model = case.model()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        outputs = compiled(model, ratio=0.5)(*args, **kwargs)
+    messages = [str(w.message) for w in caught if issubclass(w.category, tofu_fx.TofuWarning)]
+    assert len(messages) == 1
+    assert "nothing was accelerated" in messages[0]
+    assert "linear attention" in messages[0]
+    assert same_bits(outputs, model(*args, **kwargs))
+
+
+def test_unets_take_smaller_images_only_when_told_and_auto_the_largest() -> None:
+    found = studied("UNet2DConditionModel, Stable Diffusion")
+    sides = {name: [site.grid[1] for site in found.reducing(name)] for name in found.outcomes if name != "all"}
+    assert sides["auto"] == sides["max 1"] == [16, 16, 16]
+    assert sides["max 2"] == sides["max 8"] == [16, 8, 8, 8, 8, 16, 16]
+    assert same_bits(found.outputs["auto"], found.outputs["max 1"])
+    assert relative_error(found.outputs["max 2"], found.outputs["max 1"]) > 1e-3
+    assert len([s for s in found.sites("max 1") if s.decline and "max_downsample" in s.decline.reason]) == 4
+
+
+def test_three_resolutions_tell_every_limit_from_the_next() -> None:
+    generator = torch.Generator().manual_seed(5)
+    model = randomise(Called(unet(channels=(16, 16, 16))))
+    variants = {str(limit): {"ratio": 0.5, "max_downsample": limit} for limit in (1, 2, 4, 8)}
+    found = study(model, *unet_inputs(generator, batch=1), variants=variants, proofs=False)
+    sides = {name: {site.grid[1] for site in found.reducing(name)} for name in variants}
+    assert sides == {"1": {16}, "2": {16, 8}, "4": {16, 8, 4}, "8": {16, 8, 4}}
+
+
+def test_a_block_shares_one_match_among_its_attention_mlp_and_queries_of_the_text() -> None:
+    found = studied("UNet2DConditionModel, Stable Diffusion")
+    sites = found.reducing("all")
+    assert [[branch.kind for branch in site.branches] for site in sites] == [["attention", "cross", "mlp"]] * 7
+    assert len(found.nodes("all", fuse_tokens)) == 7
+    assert len(found.nodes("all", rebase)) == 14
+    assert [node.meta["val"].shape[1] for node in found.nodes("all", rebase)] == [
+        tokens for tokens in (128, 32, 32, 32, 32, 128, 128) for _ in range(2)
+    ]
+
+
+SMALL: dict[str, Any] = {"channels": (32,), "side": 8}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_other_batches_are_rewritten_right(batch: int) -> None:
+    """A batch of one has an axis that could be taken for any other, an odd one is no pair of guidance."""
+    inputs = unet_inputs(torch.Generator().manual_seed(batch), side=8, batch=batch)
+    proofs = prove(randomise(Called(unet(**SMALL))), *inputs, steps=1, options=EVERYWHERE).check()
+    assert [(site.tokens, site.grid) for site in proofs.matched] == [(64, (1, 8, 8))] * 4
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_sample_is_denoised_alike_alone_and_among_others(batch: int) -> None:
+    """The operator promises the same match whatever the batch. One that others share is made ahead of any GEMM whose
+    bits could depend on the batch: at the first site, behind convolutions of one sample each."""
+    model = randomise(Called(unet(**SMALL)))
+    latents, step, text = unet_inputs(torch.Generator().manual_seed(0), side=8, batch=4)
+    call = compiled(model, **EVERYWHERE, ratio=0.5, reuse="resolution")
+    whole = call(latents, step, text)
+    # Rounding of sums in another order, as for the proofs of meaning.
+    assert relative_error(call(latents[:batch], step, text[:batch]), whole[:batch]) < MEANING_TOLERANCE
+
+
+def test_controlnet_residuals_reach_the_result() -> None:
+    case = DIFFUSION_CASES["UNet2DConditionModel, ControlNet"]
+    args, kwargs = case.inputs()
+    model = case.model()
+    call = compiled(model, ratio=0.5)
+    controlled = call(*args, **kwargs)
+    weaker = {
+        "down_block_additional_residuals": tuple(t * 0.5 for t in kwargs["down_block_additional_residuals"]),
+        "mid_block_additional_residual": kwargs["mid_block_additional_residual"] * 0.5,
+    }
+    assert relative_error(call(*args, **weaker), controlled) > 1e-2
+    assert relative_error(controlled, model(*args, **kwargs)) < 0.5
+
+
+def _adapted() -> nn.Module:
+    model = unet(**SMALL)
+    model.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    return randomise(Called(model))  # of an adapter too: its second matrix is zero when it is made
+
+
+def test_lora_through_peft_is_rewritten_right() -> None:
+    inputs = unet_inputs(torch.Generator().manual_seed(2), side=8)
+    proofs = prove(_adapted(), *inputs, steps=1, options=EVERYWHERE).check()
+    assert len(proofs.matched) == 4
+
+
+def test_lora_beside_the_weights_gives_what_merged_weights_give() -> None:
+    model: Any = _adapted()
+    inputs = unet_inputs(torch.Generator().manual_seed(2), side=8)
+    # One match for all: the first site is ahead of every adapted layer, so both models decide on the same bits.
+    options = {"ratio": 0.5, "placement": "branch", "reuse": "resolution"}
+    beside = compiled(model, **options)(*inputs)
+    scaled = relative_error(beside, compiled(_without(model), **options)(*inputs))
+    assert scaled > 1e-2, "the adapter must matter"
+    model.model.fuse_lora()
+    merged = compiled(model, **options)(*inputs)
+    # x A B + x W against x (A B + W): sums in another order.
+    assert relative_error(beside, merged) < MEANING_TOLERANCE
+
+
+def _without(adapted: Any) -> nn.Module:
+    plain = Called(unet(**SMALL)).eval()
+    state = {name.replace(".base_layer", ""): value for name, value in adapted.state_dict().items()}
+    plain.load_state_dict({name: value for name, value in state.items() if "lora" not in name})
+    return plain
+
+
+# ---- half precision ----------------------------------------------------------------------------------------------------
+
+
+def _patchwork(kinds: int = 3) -> Tensor:
+    """Latents of DiT in which each cell of 2 x 2 tokens (4 x 4 latents) is flat, of one of few kinds."""
+    generator = torch.Generator().manual_seed(6)
+    values = torch.randn(kinds, 4, 2, 2, generator=generator)
+    which = torch.randint(0, kinds, (2, 4, 4), generator=generator)
+    return (
+        values[which].permute(0, 3, 1, 4, 2, 5).reshape(2, 4, 8, 8).repeat_interleave(1, 2)
+        if False
+        else (
+            torch.stack(
+                [torch.cat([torch.cat([values[k].repeat(1, 2, 2) for k in row], 2) for row in w], 1) for w in which]
+            )
+        )
+    )
+
+
+@pytest.mark.parametrize("name", ["DiTTransformer2DModel", "PixArtTransformer2DModel"])
+def test_equal_tokens_are_merged_without_loss_in_bfloat16_too(name: str) -> None:
+    """Where all members of a group are equal, log(size) makes the merge exact. So no rounding decides what is compared,
+    and half precision may be held against float32: it must be as near as the uncompiled model in half precision is.
+    """
+    case = DIFFUSION_CASES[name]
+    _, kwargs = case.inputs()
+    model: Any = case.model()
+    model.model.pos_embed.pos_embed.zero_()  # else no two tokens are equal
+    latents, options = _patchwork(), {**EVERYWHERE, "ratio": 0.75}
+    exact = model(latents, **kwargs)
+    assert relative_error(compiled(model, **options)(latents, **kwargs), exact) < MEANING_TOLERANCE
+    without = compiled(model, **options, proportional_attention=False)(latents, **kwargs)
+    half = model.bfloat16()
+    kwargs = {k: v.bfloat16() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in kwargs.items()}
+    plain = half(latents.bfloat16(), **kwargs)
+    found = compiled(half, **options)(latents.bfloat16(), **kwargs)
+    assert found.dtype == torch.bfloat16
+    # Both errors are maxima of the same number of roundings to 2^-9, in another order: a factor of three between them.
+    # Sizes that were lost show as more.
+    rounding = relative_error(plain.float(), exact)
+    assert 2**-9 < rounding < 0.1
+    assert relative_error(found.float(), exact) < 3 * rounding
+    assert relative_error(without, exact) > 3 * rounding
