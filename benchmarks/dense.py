@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import tomesd
 import torch
 from clock import share_in_operators
 from dense_shapes import SHAPES
@@ -43,6 +42,8 @@ EAGER = {"inner_backend": "eager", "on_error": "raise", "profitable_only": False
 
 def patched(model: nn.Module, unet: Callable[[nn.Module], Any], **options: Any) -> nn.Module:
     """A copy of a model with tomesd in its blocks."""
+    import tomesd
+
     model = copy.deepcopy(model)
     tomesd.apply_patch(unet(model), **options)
     return model

@@ -17,6 +17,7 @@ FENCED = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
 PYTHON = [code for language, code in FENCED if language == "python"]
 SHELL = [line for language, code in FENCED if language in ("", "bash", "sh") for line in code.strip().splitlines()]
 
+DENSE = ("denoiser", "placement", "speed", "show")
 PARTS = ("saliency", "search", "cifar", "times", "show")
 
 #: commands that take minutes -> the short form of the same command that shows that it runs
@@ -25,6 +26,8 @@ SHORT = {
     "python examples/train_digits.py": ["python", "examples/train_digits.py", "--help"],
     "python benchmarks/vit_cpu.py": ["python", "benchmarks/vit_cpu.py", "--help"],
     **{f"python benchmarks/quality.py {part}": ["python", "benchmarks/quality.py", "--help"] for part in PARTS},
+    **{f"python benchmarks/dense.py {part}": ["python", "benchmarks/dense.py", "--help"] for part in DENSE},
+    "python examples/diffusion.py": ["python", "examples/diffusion.py", "--help"],
     "python benchmarks/levers.py --photographs 12 --r 19 12": ["python", "benchmarks/levers.py", "--help"],
 }
 
@@ -40,6 +43,11 @@ def test_there_are_two_commands_and_ci_runs_them_as_they_stand() -> None:
 def test_python_snippets_run(number: int, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", PYTHON[number]], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_snippet_of_the_page_on_diffusion_is_one_of_these() -> None:
+    page = (ROOT / "docs" / "dense.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)) <= set(PYTHON)
 
 
 @pytest.mark.parametrize("command", [line for line in SHELL if line.startswith("tofu-fx")])

@@ -94,7 +94,8 @@ def _seconds(sites: Sequence[Site], work: Sequence[Work], rates: Rates, removed:
             rows = math.prod(hint(size) for size in value.shape) / sites[0].tokens / site.dim
             free = counts[-2] - site.lead - site.tail
             moved = 2 * rows * counts[-2] * site.dim * value.element_size()
-            matching = matching_flops(rows, free, site.dim / site.heads)
+            features = site.dim if site.placement == "branch" else site.dim / site.heads
+            matching = matching_flops(rows, free, features, site.cells)
             total += rates.reduction + matching / rates.flops + moved / rates.bytes
     return total + sum(item.flops * (counts[item.after] / counts[0]) ** item.exponent / rates.flops for item in work)
 
