@@ -187,6 +187,7 @@ def speed(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         }
         if shape.tomesd:
             ways["tomesd"] = patched(model, shape.patched, ratio=args.ratio, max_downsample=2, use_rand=False)
+        ways = {way: chosen for way, chosen in ways.items() if not args.ways or way in args.ways}
         calls, rows = {}, {}
         with torch.no_grad(), room_for_variants():
             for way, chosen in ways.items():
@@ -204,6 +205,7 @@ def speed(args: argparse.Namespace, console: Console) -> dict[str, Any]:
                     rows[way]["operators_share"] = round(share_in_operators(calls[way], 3), 4)
                 console.print(name, way, rows[way])
         found[name] = {"what": shape.what, "rows": rows}
+        torch._dynamo.reset()
     return {"device": device_name(device), "torch": torch.__version__, "ratio": args.ratio, "shapes": found}
 
 
@@ -247,6 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--photographs", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--ways", nargs="+", default=[], help="some of the rows of speed; 'plain' must be the first")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["sd15", "dit_1024", "dit_4096"])
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)

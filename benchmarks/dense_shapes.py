@@ -20,7 +20,8 @@ class Sample(nn.Module):
 
     def forward(self, **inputs: Any) -> Tensor:
         """What the model predicts."""
-        return self.model(**inputs, return_dict=False)[0]
+        first, *others = inputs  # tomesd reads the image's size from the first positional input
+        return self.model(inputs[first], **{name: inputs[name] for name in others}, return_dict=False)[0]
 
 
 @dataclass(frozen=True)

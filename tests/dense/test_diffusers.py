@@ -204,11 +204,11 @@ def test_lora_beside_the_weights_gives_what_merged_weights_give() -> None:
     assert relative_error(beside, merged) < MEANING_TOLERANCE
 
 
-# ---- half precision ----------------------------------------------------------------------------------------------------
+# ---- half precision --------------------------------------------------------------------------------------------------
 
 
 def _patchwork() -> Tensor:
-    """Latents of 8 x 8 tokens of three kinds: as many of each among the destinations, one kind for nearly all others."""
+    """Latents of 8 x 8 tokens of three kinds: as many destinations of each, nearly all others of one."""
     generator = torch.Generator().manual_seed(6)
     values = torch.randn(3, 4, 2, 2, generator=generator)
     which = torch.randint(-12, 3, (2, 8, 8), generator=generator).clamp_min(0)
@@ -242,7 +242,7 @@ def test_equal_tokens_are_merged_without_loss_in_bfloat16_too(name: str) -> None
     assert relative_error(without, exact) > 3 * rounding
 
 
-# ---- a pipeline --------------------------------------------------------------------------------------------------------
+# ---- a pipeline ------------------------------------------------------------------------------------------------------
 
 
 def _tokenizer(folder: Path) -> transformers.CLIPTokenizer:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from tests.dense.reference import cells_of, reference_grid_match
 from tests.ops.streams import DTYPES, along, implementation, same_bits
-from tests.reference import SCORE_DECIMALS, merge_error, reference_apply
+from tests.reference import merge_error, reference_apply
 from tofu_fx.ops import STRATEGIES, fuse_tokens, max_reduction, restore_tokens
 
 quick = settings(max_examples=40, deadline=None)
@@ -21,18 +22,6 @@ both = pytest.mark.parametrize("path", ["cpp", "aten"])
 
 # Cosines of float32 rows of at most 20 features are off by some (20/2 + 4) 2^-24 < 1e-6; two of them are compared.
 CLEAR_MARGIN = 2e-6
-
-
-def cells_of(frames: int, height: int, width: int, cell: int) -> list[list[int]]:
-    """The places of each cell, those of the border smaller where the cell does not divide the image."""
-    found = []
-    for frame in range(frames):
-        for top in range(0, height, cell):
-            for left in range(0, width, cell):
-                rows = range(top, min(top + cell, height))
-                columns = range(left, min(left + cell, width))
-                found.append([(frame * height + row) * width + column for row in rows for column in columns])
-    return found
 
 
 @dataclass
@@ -69,24 +58,8 @@ class Case:
 
 
 def reference_match(case: Case, destinations: list[int]) -> tuple[list[dict[int, int]], float]:
-    """From the formula, in float64: source -> destination for each sample, and the smallest gap that decided one."""
-    free = math.prod(case.grid[:3])
-    candidates = [place for place in range(free) if place not in destinations]
-    merges, margin = [], math.inf
-    for rows in case.metric[:, case.prefix : case.prefix + free].double():
-        units = [row / row.norm() if 0 < float(row.norm()) < math.inf else torch.zeros_like(row) for row in rows]
-        choices = []
-        for candidate in candidates:
-            scores = [round(float(units[candidate] @ units[place]), SCORE_DECIMALS) for place in destinations]
-            best = max(scores)
-            margin = min([margin, *(best - score for score in scores if score < best)])
-            choices.append((-best, candidate, destinations[scores.index(best)]))
-        choices.sort()
-        if 0 < case.r < len(choices):
-            margin = min([margin, *(abs(c[0] - choices[k][0]) for k in (case.r - 1, case.r) for c in choices
-                                    if c[0] != choices[k][0])])  # fmt: skip
-        merges.append({case.prefix + source: case.prefix + place for _, source, place in choices[: case.r]})
-    return merges, margin
+    """The merges of each sample, and how clear they are."""
+    return reference_grid_match(case.metric, case.r, case.prefix, math.prod(case.grid[:3]), destinations)
 
 
 @st.composite
