@@ -482,12 +482,12 @@ def _gradients(call: Callable[[Tensor], Tensor], model: nn.Module) -> dict[str, 
     return {"input": x.grad, **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
 
 
-@pytest.mark.parametrize("kind", ["pre", "post"])
-def test_gradient_equals_autograd_through_the_reference(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "branches"), [("pre", "both"), ("post", "attention"), ("post", "both")])
+def test_gradient_equals_autograd_through_the_reference(kind: str, branches: str) -> None:
     model = randomise(ViT(kind, lead=1)).train()
-    options = branch(branches=["attention", "mlp"], inner_backend="aot_eager")
+    options = branch(branches=BRANCHES[branches], inner_backend="aot_eager")
     found = _gradients(compiled(model, **options), model)
-    expected = _gradients(lambda x: model.norm(reference(model, x, ["attention", "mlp"])[-1]), model)
+    expected = _gradients(lambda x: model.norm(reference(model, x, BRANCHES[branches])[-1]), model)
     plain = _gradients(model, model)
     assert found.keys() == expected.keys() == plain.keys()
     assert max(relative_error(found[key], plain[key]) for key in plain) > 1e-2
