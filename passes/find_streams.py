@@ -120,7 +120,7 @@ def _place(
             attention, *behind = site.branches
             site.branches = (attention, *(branch for branch in behind if branch.enter not in entered))
             entered.update(branch.enter for branch in behind)
-            detach_entries(site, plain)
+            detach_entries(site, plain, attentions)
     graph.lint()
 
 

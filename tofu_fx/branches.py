@@ -24,6 +24,7 @@ from tofu_fx.planning.site import Branch, Decline, Site
 from tofu_fx.tokens import Atom, Axes
 from tofu_fx.tracer import AxisTracer
 
+_STREAM = ("layer_norm", "rms_norm", "to", "_to_copy", "alias", "dropout", "contiguous", "clone", "detach")
 _PARALLEL = 8  # nodes of the residual stream that the branches of one block may start at
 _WORK = (*PRODUCTS, "linear", "addmm", "scaled_dot_product_attention", "conv1d", "conv2d", "convolution")
 
@@ -57,7 +58,7 @@ def place_branches(
             continue
         add, branch = found
         run = _run_of(branch.enter, tokens, plain)
-        site.placement, site.reduce_at, site.tokens = "branch", branch.enter, run.size
+        site.placement, site.reduce_at, site.tokens, site.kinds = "branch", branch.enter, run.size, tuple(kinds)
         site.lead, site.tail = _outside(run, tokens, plain)
         free = run.size - site.lead - site.tail
         site.grid = (1, *grid) if grid and grid[0] * grid[1] == free else _grid_of(tokens, free, plain)
@@ -121,8 +122,8 @@ def _next_branches(
         meeting = _next_add(add, tokens, plain, order)
         if meeting is None:
             return found
-        following, tail = meeting
-        enter = _entry([tail], add, tokens, plain, order)
+        following, skip, tail = meeting
+        enter = _entry([tail], skip, tokens, plain, order)
         if enter is None:
             return found
         branch = _branch("mlp", enter, tail, tokens, plain, order)
@@ -147,16 +148,26 @@ def _branch(
     return Branch(kind, enter, _between(enter, end, order), dim, place)
 
 
-def _next_add(start: Node, tokens: Atom, plain: AxisTracer, order: Mapping[Node, int]) -> tuple[Node, Node] | None:
-    """The first residual add behind a node of the residual stream, and the operand that its branch is."""
-    reached: set[Node] = set()
+def _next_add(
+    start: Node, tokens: Atom, plain: AxisTracer, order: Mapping[Node, int]
+) -> tuple[Node, Node, Node] | None:
+    """The first residual add behind a node of the residual stream: the add, the stream's operand, and the branch's.
+
+    Between the two the stream may be normed (post-norm blocks), cast or copied.
+    """
+    stream, reached = {start}, {start}
     for node in sorted(descendants(start, order), key=order.__getitem__):
         inputs = tensor_inputs(node)
         behind = [value for value in inputs if value in reached]
-        if is_op(node, "add") and start in inputs and len(behind) == 1 and _carries(behind[0], tokens, plain):
-            return node, behind[0]
-        if start in inputs or behind:
-            reached.add(node)
+        if not behind:
+            continue
+        skips = [value for value in behind if value in stream]
+        branch = [value for value in behind if value not in stream and _carries(value, tokens, plain)]
+        if is_op(node, "add") and len(skips) == len(branch) == 1 and _same_rank(node, branch[0]):
+            return node, skips[0], branch[0]
+        reached.add(node)
+        if is_op(node, *_STREAM) and skips:
+            stream.add(node)
     return None
 
 
@@ -293,8 +304,30 @@ def _read_apart(nodes: Sequence[Node], enter: Node) -> list[Node]:
     return apart
 
 
-def detach_entries(site: Site, plain: AxisTracer) -> None:
-    """Give the branches of a site entries of their own where others read them too (the residual of a post-norm block).
+def _is_beside(user: Node, nodes: Sequence[Node], attention: Node, others: Collection[Node]) -> bool:
+    """Whether a user of an attention's entry starts a branch beside it, whose result is added to that of the attention.
+
+    What is concatenated with it ahead of one projection (Flux's single blocks) has to have its tokens, and what leads
+    to another attention has them too.
+    """
+    own, attended = {user}, {attention}
+    for node in nodes:
+        from_own = any(value in own for value in node.all_input_nodes)
+        from_attended = any(value in attended for value in node.all_input_nodes)
+        if from_own and from_attended:
+            return is_op(node, "add")
+        if from_own and node in others:
+            return False
+        if from_own:
+            own.add(node)
+        if from_attended:
+            attended.add(node)
+    return True
+
+
+def detach_entries(site: Site, plain: AxisTracer, others: Collection[Node]) -> None:
+    """Give the branches of a site entries of their own where others read them too: the residual of a post-norm block,
+    an MLP beside the attention that is to keep all tokens.
 
     Appends ``aten.alias`` to the graph, with the axes of what it is an alias of.
     """
@@ -302,6 +335,9 @@ def detach_entries(site: Site, plain: AxisTracer) -> None:
     for branch in site.branches:
         nodes = list(plain.graph.nodes)
         apart = _read_apart(nodes, branch.enter)
+        if branch.kind == "attention" and "mlp" not in site.kinds:
+            beside = [user for user in branch.enter.users if user not in branch.inside and user not in apart]
+            apart += [user for user in beside if _is_beside(user, nodes, site.attention.node, others)]
         if apart:
             users = [user for user in branch.enter.users if user not in apart]
             with plain.graph.inserting_after(branch.enter):

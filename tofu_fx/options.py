@@ -112,6 +112,8 @@ class Options(BaseModel):
         counts = self.r if isinstance(self.r, tuple) else (self.r or 0,)
         if any(count < 0 for count in counts):
             raise ValueError(f"'r' must not be negative, got {self.r}")
+        if self.grid is not None and min(self.grid) < 1:
+            raise ValueError(f"'grid' must be height and width of the image in tokens, got {self.grid}")
         if "attention" not in self.branches:
             raise ValueError("'branches' must have 'attention': the others use its match")
         if self.inner_backend != "inductor" and (self.inductor or self.mode):

@@ -261,17 +261,18 @@ class Rewriter:
         if version != stream.newest:
             raise Barrier("the tokens are whole again ahead of it")
         layout = self.layout(node)
-        step = self._fused(site, stream, layout, count, seed)
+        step = self._fused(site, stream, node, layout, count, seed)
         self.env[node, version + 1] = layout.from_canonical(self.emit, step.merged, step.count)
         self.native[node] = version + 1
         self.chain.add(node)
 
-    def _fused(self, site: Site, stream: Stream, layout: Layout, count: Count, seed: int) -> Version:
-        """Append the fused node of a site at the stream's newest version."""
-        node, version = site.reduce_at, stream.newest
-        assert node is not None
+    def _fused(self, site: Site, stream: Stream, node: Node, layout: Layout, count: Count, seed: int) -> Version:
+        """Append the fused node of a site behind ``node``, at the stream's newest version."""
+        version = stream.newest
         x = layout.to_canonical(self.emit, self.env[node, version], stream.count(self.emit, version, stream.run))
-        metric = Metric(self, site, stream, version, x).node(site.match)
+        # What keys there are belong to the attention; other branches compare what goes into them.
+        kind = site.match if node is site.reduce_at else "features"
+        metric = Metric(self, site, stream, version, x).node(kind)
         rehearsed, others = self.compilation.rehearsed, {}
         if rehearsed is not None:
             others = self._other_metrics(site, stream, version, x)
@@ -291,11 +292,13 @@ class Rewriter:
         run = token_atoms(axes)[0]
         stream = self.streams[run.base.stream] = Stream(run, batch_of(self.tracer, site, axes))
         owner, layout = (site.shares or site).id, self.layout(node)
+        if self.compilation.options.reuse == "none" and self.compilation.rehearsed is None:
+            owner = f"{owner} {branch.kind}"
         if owner in self.matches:
             stream.versions.append(self.matches[owner])
             self.env[node, 1] = stream.rebase(self.emit, self.env[node, 0], layout, 1)
         else:
-            step = self._fused(site, stream, layout, count, seed)
+            step = self._fused(site, stream, node, layout, count, seed)
             self.matches[owner] = step
             self.env[node, 1] = layout.from_canonical(self.emit, step.merged, step.count)
         self.native[node] = 1

@@ -82,7 +82,7 @@ class PlanRow(_Record):
             match=site.match,  # type: ignore[arg-type]
             r=site.r,
             placement=site.placement,
-            branches=[branch.kind for branch in site.branches],
+            branches=list(site.kinds) if site.placement == "branch" else [],  # type: ignore[arg-type]
             cell=site.cell if site.cells else None,
             grid=list(site.grid[1:]) if site.cells and site.grid and site.grid[0] == 1 else None,
         )

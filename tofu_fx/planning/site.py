@@ -93,6 +93,8 @@ class Site:
     stream: int = -1
     placement: Literal["stream", "branch"] = "stream"
     branches: tuple[Branch, ...] = ()
+    #: the kinds of branches that were asked for, whether the block has them or not
+    kinds: tuple[str, ...] = ()
     grid: tuple[int, int, int] | None = None
     #: side of the grid's cells, each of which keeps a token, and the seed that picks it (0: the first one)
     cell: int = 2
