@@ -62,7 +62,9 @@ def _find_linear(compilation: Compilation, tracer: AxisTracer) -> list[Attention
         if min(len(a), len(b)) < 3 or left not in tracer.depends or right not in tracer.depends:
             continue
         summed, other = tracer.space.flat(a[-1]), tracer.space.flat(b[-2])
-        if summed is not None and summed == other and summed.base.kind == "plain" and summed.size > 1:
+        left_over = [tracer.space.flat(dim) for dim in (a[-2], b[-1])]
+        features = any(atom is not None and atom.base.kind == "feature" for atom in left_over)
+        if features and summed is not None and summed == other and summed.base.kind == "plain" and summed.size > 1:
             found.append(Attention(node, right, -2, -1, left, -1, -2))
     return found
 

@@ -3,7 +3,8 @@
     x ----------------+            the residual add behind an attention is where a stream may shrink;
     norm-attention-proj-(+) = y    everything computed from y then works on fewer tokens, up to a barrier
 
-Changes nothing in the graph. A stream that reaches a place which restoring cannot serve (a mutation in place, attention
+Or, in each block, the branches, while the residual keeps every token (``tofu_fx.branches``). Changes nothing in the
+graph but for an ``aten.alias`` where a branch shares its input with others. A stream that reaches a place which restoring cannot serve (a mutation in place, attention
 weights that leave the graph) is given up, with that place as the reason.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import networkx as nx
 import torch
@@ -41,28 +42,40 @@ _WORK = ("linear", "matmul", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_pr
 def find_streams(compilation: Compilation) -> None:
     """Set ``placement``, ``reduce_at``, ``lead``, ``tail``, ``stream`` and ``branches`` of each site, and the
     compilation's axes and barriers."""
-    found = [site for site in compilation.sites if site.matched]
+    sites = [site for site in compilation.sites if site.matched]
     plain, options = compilation.traced, compilation.options
-    placements = _planned(compilation, found)
-    _place(compilation, plain, found, placements)
-    _follow(compilation, plain)
-    if options.placement != "auto" or options.plan is not None:
-        return
-    better = [site for site in found if prefers_branch(site, compilation)]
-    if better:
-        # As a whole once more: where a stream is not reduced any more, others may be followed further.
-        kept = {site.id: site.decline for site in found}
-        _reset(found)
-        _place(
-            compilation,
-            plain,
-            found,
-            {site.id: _Placement("branch", options.branches, options.grid) for site in better},
-        )
-        for site in better:
-            if not site.matched and kept[site.id] is not None:
-                site.decline = kept[site.id]
+    planned = _planned(options)
+    branch = _Placement("branch", options.branches, options.grid)
+    if options.placement == "branch" and options.plan is None:
+        _place(compilation, plain, sites, {site.id: branch for site in sites})
         _follow(compilation, plain)
+        return
+    _place(compilation, plain, sites, {})
+    _follow(compilation, plain)
+    if any(placement.kind == "branch" for placement in planned.values()):
+        # A site that the plan does not know was declined when it was made, on its stream or else in its branch.
+        chosen = {site.id: planned.get(site.id, branch) for site in sites if site.matched or site.id in planned}
+    elif options.placement == "auto" and options.plan is None:
+        chosen = {site.id: branch for site in sites if prefers_branch(site, compilation)}
+    else:
+        return
+    kept = {site.id: site.decline for site in sites}
+    lost = list(chosen)
+    while lost:  # all once more: where a stream is not reduced any more, others may be followed further
+        _reset(sites)
+        for site in sites:
+            site.decline = None if site.id in chosen else kept[site.id]
+        _place(compilation, plain, [site for site in sites if site.matched], chosen)
+        for site in sites:
+            if not site.matched:
+                site.decline = kept[site.id] or site.decline
+        _follow(compilation, plain)
+        # What can be served on its stream and not in its branch is served there.
+        lost = [site.id for site in sites if site.id in chosen and not site.matched and kept[site.id] is None]
+        if options.plan is not None:
+            return
+        for name in lost:
+            del chosen[name]
 
 
 class _Placement(NamedTuple):
@@ -73,15 +86,11 @@ class _Placement(NamedTuple):
     grid: tuple[int, int] | None = None
 
 
-def _planned(compilation: Compilation, sites: Sequence[Site]) -> dict[str, _Placement]:
-    options = compilation.options
-    usual = _Placement(options.placement, options.branches, options.grid)
-    rows: dict[str, Any] = {} if options.plan is None else {row.id: row for row in Plan.load(options.plan).sites}
-    if any(row.placement == "branch" for row in rows.values()):
-        usual = usual._replace(kind="either")
-    for name, row in rows.items():
-        rows[name] = _Placement(row.placement, row.branches, options.grid or (tuple(row.grid) if row.grid else None))
-    return {site.id: rows.get(site.id, usual) for site in sites}
+def _planned(options: Options) -> dict[str, _Placement]:
+    """The placements of a plan's rows."""
+    rows = [] if options.plan is None else Plan.load(options.plan).sites
+    grids = {row.id: options.grid or (tuple(row.grid) if row.grid else None) for row in rows}
+    return {row.id: _Placement(row.placement, row.branches, grids[row.id]) for row in rows}  # type: ignore[arg-type]
 
 
 def _reset(sites: Sequence[Site]) -> None:
@@ -102,11 +111,10 @@ def _place(
     for site in sites:
         compilation.at = site.attention.node
         placement = placements.get(site.id, _Placement("stream"))
-        if placement.kind != "branch":
-            place_site(site, plain, order)
-        # What a plan does not know was declined when it was made: if not for its stream's sake, then for its branch's.
-        if placement.kind == "branch" or (placement.kind == "either" and site.matched):
+        if placement.kind == "branch":
             place_branches(site, plain, order, placement.branches, attentions, placement.grid)
+        else:
+            place_site(site, plain, order)
     taken: dict[Node | None, Site] = {}
     entered: set[Node] = set()  # the MLP behind two attentions side by side is a branch of the first one
     for site in sites:
@@ -122,6 +130,7 @@ def _place(
             entered.update(branch.enter for branch in behind)
             detach_entries(site, plain, attentions)
     graph.lint()
+    compilation.gm.recompile()
 
 
 def _follow(compilation: Compilation, plain: AxisTracer) -> None:

@@ -177,7 +177,7 @@ def test_graph_break_between_blocks_reduces_both_graphs() -> None:
 
     torch.manual_seed(0)
     model = Broken(EinsumAttention).eval()
-    explained = tofu_fx.explain(model, X, options={"r": 4})
+    explained = tofu_fx.explain(model, X, options={"r": 4, "placement": "stream"})
     assert len(explained.graphs) == 2
     found = [(row.graph, row.reason, row.tokens_in) for row in explained.sites]
     assert found == [

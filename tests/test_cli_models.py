@@ -142,11 +142,11 @@ def test_explain_does_what_its_options_say() -> None:
 
 
 def test_explain_takes_models_of_pictures_and_of_text_from_transformers(configs: Path) -> None:
-    done = tofu("explain", "hf-config:vit", "--ratio", 0.4)
+    done = tofu("explain", "hf-config:vit", "--ratio", 0.4, "--placement", "stream")
     assert (done.code, done.out.count("17 → ")) == (0, 2), done.err
-    done = tofu("explain", "hf-config:bert", "--r", 4)
+    done = tofu("explain", "hf-config:bert", "--r", 4, "--placement", "stream")
     assert (done.code, done.out.count("40 → 36")) == (0, 1), done.err
-    done = tofu("explain", "hf-config:bert", "--length", 30, "--r", 4)
+    done = tofu("explain", "hf-config:bert", "--length", 30, "--r", 4, "--placement", "stream")
     assert (done.code, done.out.count("30 → 26")) == (0, 1), done.err
 
 

@@ -39,7 +39,7 @@ from tofu_fx.testing.raw_graphs import GraphBuilder, RawGraph, aten
 from tofu_fx.testing.strategies import DrawnTransformer, fx_graphs, made, transformers
 
 #: what a pass may do to a graph: rewrite it to the same bits, or change what it computes; all others only look
-EXACT = ("lower_to_aten", "functionalize_inplace", "make_polymorphic")
+EXACT = ("lower_to_aten", "functionalize_inplace", "make_polymorphic", "find_streams")
 REDUCING = ("insert_reductions",)
 
 
@@ -113,7 +113,8 @@ def reduces(tower: str, inputs: tuple[Any, ...]) -> Callable[[GraphModule], Grap
     """A pass that reduces the tokens of one tower."""
 
     def pass_(gm: GraphModule) -> GraphModule:
-        found = run_pipeline(gm, Options.parse({**EAGER, "r": 1}), inputs, skip=("insert_reductions",))
+        options = Options.parse({**EAGER, "r": 1, "placement": "stream"})
+        found = run_pipeline(gm, options, inputs, skip=("insert_reductions",))
         rows = plan_rows(found)
         rows = [row.model_copy(update={"r": 2 if row.module_path.startswith(tower) else 0}) for row in rows]
         assert any(row.r for row in rows)
