@@ -4,8 +4,9 @@
     norm-attention-proj-(+) = y    everything computed from y then works on fewer tokens, up to a barrier
 
 Or, in each block, the branches, while the residual keeps every token (``tofu_fx.branches``). Changes nothing in the
-graph but for an ``aten.alias`` where a branch shares its input with others. A stream that reaches a place which restoring cannot serve (a mutation in place, attention
-weights that leave the graph) is given up, with that place as the reason.
+graph but for an ``aten.alias`` where a branch shares its input with others. A stream that reaches a place which
+restoring cannot serve (a mutation in place, attention weights that leave the graph) is given up, with that place as
+the reason.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def test_row_says_what_the_catalogue_expects(name: str) -> None:
 
 
 def test_one_model_of_every_file_of_timm_was_walked_and_none_failed() -> None:
-    assert WALK["rows"]
+    assert len(WALK["rows"]) > 90
     assert not [row["model"] for row in WALK["rows"] if row["outcome"] == "failed"]
 
 
