@@ -70,9 +70,10 @@ def find_streams(compilation: Compilation) -> None:
         for site in sites:
             if not site.matched:
                 site.decline = kept[site.id] or site.decline
-        _follow(compilation, plain)
-        # What can be served on its stream and not in its branch is served there.
+        spared = _follow(compilation, plain)
+        # What can be served on its stream and not in its branch is served there, unless it is left alone on purpose.
         lost = [site.id for site in sites if site.id in chosen and not site.matched and kept[site.id] is None]
+        lost = [name for name in lost if name not in spared]
         if options.plan is not None:
             return
         for name in lost:
@@ -134,8 +135,8 @@ def _place(
     compilation.gm.recompile()
 
 
-def _follow(compilation: Compilation, plain: AxisTracer) -> None:
-    """Follow the tokens of the placed sites through the graph."""
+def _follow(compilation: Compilation, plain: AxisTracer) -> set[str]:
+    """Follow the tokens of the placed sites through the graph; name those that the options leave alone."""
     flow = value_graph(compilation.gm.graph)
     unknown: dict[str, int] = {}
     while True:
@@ -153,13 +154,14 @@ def _follow(compilation: Compilation, plain: AxisTracer) -> None:
     compilation.axes, compilation.barriers = tracer, tracer.barriers
     for site in placed:
         _assign_stream(site, tracer)
-    _limit_resolutions(placed, compilation.options)
+    spared = _limit_resolutions(placed, compilation.options)
     _check_grids(placed, compilation.options)
     for site in placed:
         if site.matched and not _has_work(site, tracer, flow):
             assert site.reduce_at is not None
             reason = "nothing is computed on the tokens behind it, or they must be whole before"
             site.decline = Decline(reason, site.reduce_at)
+    return spared
 
 
 def _reaches(site: Site, barrier: BarrierRecord, tracer: AxisTracer, flow: nx.DiGraph[Node]) -> bool:
@@ -251,8 +253,8 @@ def _check_grids(sites: Sequence[Site], options: Options) -> None:
         )
 
 
-def _limit_resolutions(sites: Sequence[Site], options: Options) -> None:
-    """Decline the branches whose image is smaller than wanted, against the largest one that an attention sees.
+def _limit_resolutions(sites: Sequence[Site], options: Options) -> set[str]:
+    """Decline the branches whose image is smaller than wanted, against the largest that an attention sees; name them.
 
     In a UNet, whose images get smaller and then larger again, only the largest ones are taken unless more are wanted:
     the others have little work to save, and detail that is lost there is lost for all that follows.
@@ -261,6 +263,7 @@ def _limit_resolutions(sites: Sequence[Site], options: Options) -> None:
     sizes = [site.grid[1] * site.grid[2] for site in images if site.grid]
     limit: float = options.max_downsample or (1 if any(a < b for a, b in itertools.pairwise(sizes)) else math.inf)
     planned = set() if options.plan is None else {row.id for row in Plan.load(options.plan).sites}
+    spared = set()
     for site, size in zip(images, sizes, strict=True):
         smaller = math.sqrt(max(sizes) / size)
         if smaller > limit + 0.5 and site.id not in planned:
@@ -270,6 +273,8 @@ def _limit_resolutions(sites: Sequence[Site], options: Options) -> None:
                 f"option 'max_downsample' is {limit}"
             )
             site.decline = Decline(reason, site.reduce_at)
+            spared.add(site.id)
+    return spared
 
 
 def _has_work(site: Site, tracer: AxisTracer, flow: nx.DiGraph[Node]) -> bool:
