@@ -14,6 +14,7 @@ from tofu_fx.graphs import is_op, tensor_inputs
 from tofu_fx.layout import Layout, aten, shape_of
 from tofu_fx.masks import FAR_BELOW
 from tofu_fx.planning.site import Site
+from tofu_fx.sketch import folds
 from tofu_fx.streams import Stream
 from tofu_fx.tokens import Atom, Axes, Barrier, Dim, token_atoms
 from tofu_fx.tracer import AxisTracer
@@ -52,12 +53,12 @@ class Metric:
 
         Args:
             kind: "keys" (averaged over the heads: the paper's), "heads" (the keys of all heads side by side),
-                "queries_keys" (the queries of all heads besides), or "features" (the tokens of the stream, each less
-                the mean of its channels, as a layer norm without weights).
+                "queries_keys" (the queries of all heads besides), "features" (the tokens of the stream, each less
+                the mean of its channels, as a layer norm without weights), or "sketch" (the features, folded).
         """
         attention = self.site.attention
-        if kind == "features":
-            return self._features()
+        if kind in ("features", "sketch"):
+            return self._apart(self._folded(self._features()) if kind == "sketch" else self._features())
         emit, stream = self.rewriter.emit, self.stream
         node, run = self._vectors(attention.key, attention.key_tokens, attention.key_features, kind == "keys")
         node = stream.trim(emit, node, run)
@@ -68,7 +69,23 @@ class Metric:
         return self._apart(node)
 
     def _features(self) -> Node:
-        return self._apart(self.rewriter.emit.call(aten.layer_norm.default, self.x, [self.x.meta["val"].shape[2]]))
+        return self.rewriter.emit.call(aten.layer_norm.default, self.x, [self.x.meta["val"].shape[2]])
+
+    def _folded(self, node: Node) -> Node:
+        """Runs of neighbouring channels summed with alternating signs: `folds` says how many each, 1 leaves them alone.
+
+        The hashes of this count sketch are the places of the channels: these have no order of their own, and a fixed
+        one gives the same matches on every run.
+        """
+        emit, fold = self.rewriter.emit, folds(node.meta["val"].shape[2])
+        if fold == 1:
+            return node
+        runs = emit.call(aten.unfold.default, node, 2, fold, fold)
+        even, odd = (
+            emit.call(aten.sum.dim_IntList, emit.call(aten.slice.Tensor, runs, 3, start, fold, 2), [3])
+            for start in (0, 1)
+        )
+        return emit.call(aten.sub.Tensor, even, odd)
 
     def _apart(self, node: Node) -> Node:
         """A metric over the stream's tokens with padding, if there may be any, kept apart from the rest."""

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from tofu_fx.errors import OptionError
 
 Strategy = Literal["auto", "prune", "mean", "mlerp"]
-Match = Literal["keys", "heads", "queries_keys", "features"]
+Match = Literal["keys", "heads", "queries_keys", "features", "sketch"]
 Placement = Literal["auto", "stream", "branch"]
 BranchKind = Literal["attention", "mlp", "cross"]
 Reuse = Literal["none", "block", "resolution"]
@@ -35,8 +35,9 @@ class Options(BaseModel):
 
     match: Literal["auto"] | Match = "auto"
     """What tokens are compared by: the attention's "keys" averaged over its heads (the paper's, and "auto"), the keys
-    of all "heads" side by side, "queries_keys" of all heads, or the stream's own "features". The wider ones cost more
-    and match better."""
+    of all "heads" side by side, "queries_keys" of all heads, the stream's own "features", or a "sketch" of these: at
+    most 128 sums of neighbouring channels with alternating signs. The wider ones cost more and match better. With
+    placement "branch", "auto" takes the features, of wide models (more than 128 channels) their sketch."""
 
     placement: Placement = "auto"
     """Where tokens are reduced: "stream" is the residual stream, behind the attention's add. "branch" reduces what goes
@@ -164,7 +165,7 @@ def _explain(error: Any) -> str:
         "ratio": "a number in [0, 1)",
         "r": "an int or a list of ints, not negative",
         "proportional_attention": "'auto', True or False",
-        "match": "'auto', 'keys', 'heads', 'queries_keys' or 'features'",
+        "match": "'auto', 'keys', 'heads', 'queries_keys', 'features' or 'sketch'",
         "inductor": "a dict of inductor's options",
         "mode": "the name of an inductor mode",
     }.get(key, str(error["msg"]))

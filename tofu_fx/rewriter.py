@@ -24,6 +24,7 @@ from tofu_fx.metric import Metric, batch_of
 from tofu_fx.options import Match
 from tofu_fx.planning.site import Branch, Rehearsed, Site
 from tofu_fx.proportional import attention_bias, biased_attention, weighted
+from tofu_fx.sketch import folds
 from tofu_fx.streams import Stream, Version
 from tofu_fx.tokens import Axes, Barrier, hint, token_atoms, token_dim
 from tofu_fx.tracer import AxisTracer
@@ -271,7 +272,8 @@ class Rewriter:
         version = stream.newest
         x = layout.to_canonical(self.emit, self.env[node, version], stream.count(self.emit, version, stream.run))
         # What keys there are belong to the attention; other branches compare what goes into them.
-        kind = site.match if node is site.reduce_at else "features"
+        own = node is site.reduce_at or site.match in ("features", "sketch")
+        kind = site.match if own else "features"
         metric = Metric(self, site, stream, version, x).node(kind)
         rehearsed, others = self.compilation.rehearsed, {}
         if rehearsed is not None:
@@ -308,7 +310,8 @@ class Rewriter:
         """The metrics of a site beside its own, those that can be written."""
         found = {}
         for kind in get_args(Match):
-            if kind != site.match:
+            # On a stream, which has few tokens, matching is a small part of the time: nothing to sketch for.
+            if kind != site.match and (kind != "sketch" or (site.placement == "branch" and folds(site.dim) > 1)):
                 with suppress(Barrier):
                     found[kind] = Metric(self, site, stream, version, x).node(kind)
         return found

@@ -16,6 +16,7 @@ from torch.fx import Graph, Node
 
 from tofu_fx.planning.flops import matching_flops, node_flops
 from tofu_fx.planning.site import Site
+from tofu_fx.sketch import folds
 from tofu_fx.tokens import hint
 from tofu_fx.tracer import AxisTracer
 
@@ -95,6 +96,8 @@ def _seconds(sites: Sequence[Site], work: Sequence[Work], rates: Rates, removed:
             free = counts[-2] - site.lead - site.tail
             moved = 2 * rows * counts[-2] * site.dim * value.element_size()
             features = site.dim if site.placement == "branch" else site.dim / site.heads
+            if site.match == "sketch":
+                features = site.dim / folds(site.dim)
             matching = matching_flops(rows, free, features, site.cells)
             total += rates.reduction + matching / rates.flops + moved / rates.bytes
     return total + sum(item.flops * (counts[item.after] / counts[0]) ** item.exponent / rates.flops for item in work)

@@ -9,6 +9,7 @@ from tofu_fx.errors import OptionError
 from tofu_fx.options import Options
 from tofu_fx.planning.plan import Plan
 from tofu_fx.planning.site import Site
+from tofu_fx.sketch import folds
 
 DEFAULT_RATIO = 0.5
 
@@ -63,8 +64,7 @@ def _from_options(matched: Sequence[Site], options: Options) -> list[Decision]:
     for members in _groups(matched):
         wanted = _wanted(members, matched, options)
         for depth, (site, r) in enumerate(zip(members, wanted, strict=True)):
-            default = "features" if site.placement == "branch" else "keys"
-            match = default if options.match == "auto" else options.match
+            match = _match(site) if options.match == "auto" else options.match
             strategy = _strategy(options, depth, len(members), site.placement)
             decided[site.id] = (strategy, match, r)
     return [decided[site.id] for site in matched]
@@ -93,6 +93,13 @@ def spread(tokens: int, ratio: float, layers: int) -> list[int]:
     """Tokens to remove at each of ``layers`` so that ``round(ratio * tokens)`` are gone after the last, evenly."""
     gone = [round(ratio * tokens * depth / layers) for depth in range(layers + 1)]
     return [b - a for a, b in itertools.pairwise(gone)]
+
+
+def _match(site: Site) -> str:
+    """Keys are the paper's; ahead of an attention there are none yet."""
+    if site.placement == "stream":
+        return "keys"
+    return "sketch" if folds(site.dim) > 1 else "features"
 
 
 def _strategy(options: Options, depth: int, layers: int, placement: str) -> str:
