@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import tofu_fx
 from tests.zoo.diffusion_catalogue import DIFFUSION_CASES
 from tofu_fx.errors import CalibrationError, TofuError
+from tofu_fx.planning.uniform import uniform_plans
 
 NAME = "UNet2DConditionModel, Stable Diffusion"
 
@@ -49,6 +50,26 @@ def test_plan_is_no_worse_than_the_schedules_that_it_is_compared_with(plan: tofu
     error = plan.calibration.measured.error
     assert error is not None
     assert all(error <= other.error for other in plan.calibration.compared.values() if other.error is not None)
+
+
+def test_schedules_that_it_is_compared_with_are_those_of_branches(plan: tofu_fx.Plan) -> None:
+    """The best one that needs no calibration is the default: compared by hidden states, the same share everywhere."""
+    assert plan.calibration is not None
+    assert {row.match for row in plan.sites if row.r} <= {"features", "keys", "heads", "queries_keys"}
+    assert "uniform mean" in plan.calibration.compared
+
+
+def test_uniform_schedule_of_branches_is_the_default_ratio_at_its_cost(
+    denoiser: tuple[nn.Module, list[tuple[Any, ...]]],
+) -> None:
+    model, batches = denoiser
+    explained = tofu_fx.explain(model, *batches[0], options={"ratio": 0.4, "profitable_only": False})
+    share = explained.flops_after / explained.flops_before
+    found = uniform_plans(model, batches, [share + 1e-6])
+    rows = found["uniform mean", share + 1e-6].sites
+    assert [(row.strategy, row.match, row.r) for row in rows] == [
+        (row.strategy, row.match, row.r) for row in explained.plan.sites
+    ]
 
 
 def test_saved_plan_gives_the_error_that_was_measured(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy
@@ -11,13 +12,36 @@ import torch
 
 from tofu_fx.planning.metrics import METRICS, choose_metric, kl_divergence, relative_l2
 from tofu_fx.planning.rehearsal import Choice
-from tofu_fx.planning.sensitivity import FIRST, Curve, Predictor, Sensitivity
-from tofu_fx.planning.site import Site
+from tofu_fx.planning.schedule import default_match
+from tofu_fx.planning.sensitivity import Curve, Predictor, Sensitivity, first_kind, kinds
+from tofu_fx.planning.site import Rehearsed, Site
 
 
 def _site(name: str, tokens: int = 41) -> Site:
     attention: Any = None
     return Site(name, name, attention, tokens, 3, 48, lead=1, stream=0)
+
+
+FIRST = first_kind(_site("any"))
+
+
+@pytest.mark.parametrize(
+    ("placement", "dim", "expected"),
+    [
+        ("stream", 48, [("mlerp", "keys"), ("mlerp", "features"), ("prune", "keys")]),
+        ("branch", 48, [("mean", "features"), ("mean", "keys"), ("mlerp", "features"), ("prune", "features")]),
+        ("branch", 384, [*(("mean", kind) for kind in ("sketch", "keys", "features")), ("mlerp", "sketch"), ("prune", "sketch")]),
+    ],
+)  # fmt: skip
+def test_candidates_of_a_branch_merge_by_the_mean_of_what_goes_in(
+    placement: Any, dim: int, expected: list[tuple[str, str]]
+) -> None:
+    node: Any = None
+    site = replace(_site("a"), placement=placement, dim=dim)
+    own = default_match(site)
+    entry = Rehearsed(site, node, dict.fromkeys((own, *(kind for kind in ("keys", "features") if kind != own)), node))
+    assert kinds(entry) == expected
+    assert first_kind(site) == expected[0]
 
 
 def test_curve_goes_through_what_was_measured_and_through_nothing() -> None:

@@ -263,6 +263,15 @@ def test_graphs_are_compared_by_ops_and_arguments_and_not_by_names(captured: Cap
     assert not same_graph(one, true)
 
 
+def test_a_shape_is_the_same_as_a_list_and_as_a_tuple() -> None:
+    """Found by the nightly examples: of two orders of passes one gave a reshape's shape as a tuple."""
+    listed, tupled, other = Graph(), Graph(), Graph()
+    for graph, shape in ((listed, [2, 1]), (tupled, (2, 1)), (other, (1, 2))):
+        graph.output(graph.call_function(aten.reshape.default, (graph.placeholder("x"), shape)))
+    assert same_graph(listed, tupled)
+    assert not same_graph(listed, other)
+
+
 def test_capture_refuses_a_call_that_makes_several_graphs() -> None:
     def broken(x: Tensor) -> Tensor:
         x = x + 1

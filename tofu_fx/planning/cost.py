@@ -132,7 +132,7 @@ class CostModel:
     def _matching(self, place: int, match: str, arriving: int) -> float:
         entry = self.rehearsal.sites[place]
         batch, _, features = entry.metrics[match].meta["val"].shape
-        return float(matching_flops(batch, free_tokens(entry.site, arriving), features))
+        return float(matching_flops(batch, free_tokens(entry.site, arriving), features, entry.site.cells))
 
 
 def count_operations(rehearsals: Sequence[Rehearsal], beside: int) -> list[CostModel]:

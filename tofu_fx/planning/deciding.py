@@ -13,7 +13,7 @@ from tofu_fx.planning.cost import CostModel
 from tofu_fx.planning.plan import Figures
 from tofu_fx.planning.rehearsal import Choice, Choices
 from tofu_fx.planning.schedule import DEFAULT_RATIO, spread
-from tofu_fx.planning.sensitivity import FIRST, Curve, Kind, Predictor, Sensitivity, kinds
+from tofu_fx.planning.sensitivity import Curve, Kind, Predictor, Sensitivity, first_kind, kinds
 from tofu_fx.planning.survey import Survey
 from tofu_fx.planning.target import Target
 from tofu_fx.planning.tuning import Tuner
@@ -112,7 +112,7 @@ class Decider:
         """The cost of the schedule without calibration: the default ratio, spread evenly."""
         return self.tuner.cost(
             {
-                site.id: Choice(*FIRST, r)
+                site.id: Choice(*first_kind(site), r)
                 for members in self.survey.trial.streams()
                 for site, r in zip(members, spread(members[0].tokens, DEFAULT_RATIO, len(members)), strict=True)
             }
@@ -259,15 +259,16 @@ class Decider:
         else:
             threshold = 0.0 if count == 0 else math.nextafter(1.0, 2.0)
         decided = {
-            name: self._best_kind(found, "prune" if known.get(name, 1.0) < threshold else "mlerp")
+            name: self._best_kind(found, prune=known.get(name, 1.0) < threshold)
             for name, found in self.survey.sensitivity.items()
         }
         return decided, threshold
 
-    def _best_kind(self, found: Sensitivity, strategy: str | None = None) -> Kind:
-        """The kind of least measured error at a site, of all or of one strategy."""
-        curves = {kind: c for kind, c in found.curves().items() if strategy is None or kind[0] == strategy}
-        return min(curves, key=lambda kind: curves[kind].errors[-1], default=(strategy or FIRST[0], FIRST[1]))
+    def _best_kind(self, found: Sensitivity, prune: bool | None = None) -> Kind:
+        """The kind of least measured error at a site, of all, of those that prune, or of those that merge."""
+        curves = {kind: c for kind, c in found.curves().items() if prune is None or (kind[0] == "prune") == prune}
+        merge, match = first_kind(found.site)
+        return min(curves, key=lambda kind: curves[kind].errors[-1], default=("prune" if prune else merge, match))
 
     def _curves(self, chosen: dict[str, Kind]) -> dict[str, Curve]:
         """The error curve of each site's kind."""
@@ -281,11 +282,11 @@ class Decider:
             return "every candidate gave outputs that are no numbers"
         if not choice.r:
             return "tokens are cheaper to remove elsewhere"
-        lowest = {
-            strategy: min((c.errors[-1] for kind, c in curves.items() if kind[0] == strategy), default=math.nan)
-            for strategy in ("mlerp", "prune")
-        }
-        merged, pruned = (self.survey.metric.error(lowest[strategy]) for strategy in ("mlerp", "prune"))
+        lowest = [
+            min((c.errors[-1] for kind, c in curves.items() if (kind[0] == "prune") == prune), default=math.nan)
+            for prune in (False, True)
+        ]
+        merged, pruned = (self.survey.metric.error(error) for error in lowest)
         said = f"alone, half of its tokens merged cost {merged:.3g}, pruned {pruned:.3g}"
         score = self.survey.score(name)
         if self.chosen_by == "sensitivity" or score is None:

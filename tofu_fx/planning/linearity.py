@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tofu_fx.planning.plan import Spread
 from tofu_fx.planning.rehearsal import Choice, Rehearsal, Snapshot
+from tofu_fx.planning.schedule import default_match
 from tofu_fx.planning.site import Rehearsed
 
 #: N, the pieces that the way from X0 to X1 is cut into
@@ -75,7 +76,7 @@ def site_linearity(
     r = max(1, round(PAIR_SHARE * site.cap(site.tokens)))
     wanted = (entry.merged, entry.part(2), entry.part(3))
     x = start.values[entry.fuse.args[0]]  # type: ignore[index]
-    _, kept = rehearsal.run(inputs, {site.id: Choice("prune", "keys", r)}, start, wanted)
+    _, kept = rehearsal.run(inputs, {site.id: Choice("prune", default_match(site), r)}, start, wanted)
     assignment, survivors = kept[entry.part(2)], kept[entry.part(3)]
     partner = survivors.gather(1, assignment)
     moved = partner != torch.arange(x.shape[1], device=x.device)

@@ -64,7 +64,7 @@ def _from_options(matched: Sequence[Site], options: Options) -> list[Decision]:
     for members in _groups(matched):
         wanted = _wanted(members, matched, options)
         for depth, (site, r) in enumerate(zip(members, wanted, strict=True)):
-            match = _match(site) if options.match == "auto" else options.match
+            match = default_match(site) if options.match == "auto" else options.match
             strategy = _strategy(options, depth, len(members), site.placement)
             decided[site.id] = (strategy, match, r)
     return [decided[site.id] for site in matched]
@@ -95,8 +95,8 @@ def spread(tokens: int, ratio: float, layers: int) -> list[int]:
     return [b - a for a, b in itertools.pairwise(gone)]
 
 
-def _match(site: Site) -> str:
-    """Keys are the paper's; ahead of an attention there are none yet."""
+def default_match(site: Site) -> str:
+    """What a site's tokens are compared by where nobody says: the keys; ahead of an attention there are none yet."""
     if site.placement == "stream":
         return "keys"
     return "sketch" if folds(site.dim) > 1 else "features"

@@ -9,6 +9,7 @@ from typing import Any
 import numpy
 
 from tofu_fx.planning.rehearsal import Choice
+from tofu_fx.planning.schedule import default_match
 from tofu_fx.planning.site import Rehearsed, Site
 
 #: shares of a site's free tokens that are removed to measure its error curve; half is the most that can go at once
@@ -19,17 +20,22 @@ COMMON_SHARE = SHARES[1]
 #: how tokens are reduced: strategy, and what they are compared by
 Kind = tuple[str, str]
 
-FIRST: Kind = ("mlerp", "keys")
+
+def first_kind(site: Site) -> Kind:
+    """The kind whose whole curve is measured at a site: the paper's MLERP; in a branch the mean, which is better."""
+    return "mean" if site.placement == "branch" else "mlerp", default_match(site)
 
 
 def kinds(entry: Rehearsed) -> list[Kind]:
-    """The kinds of reduction that are candidates at a site, the one whose whole curve is measured first."""
-    return [FIRST, *(("mlerp", match) for match in entry.metrics if match != FIRST[1]), ("prune", "keys")]
+    """The kinds of reduction that are candidates at a site: `first_kind`, other ways to merge, and prune at the end."""
+    merge, match = first_kind(entry.site)
+    other = [("mlerp", match)] if merge != "mlerp" else []
+    return [(merge, match), *((merge, kind) for kind in entry.metrics if kind != match), *other, ("prune", match)]
 
 
 def candidates(entry: Rehearsed) -> list[Choice]:
     """What is tried at one site while all others are left alone."""
-    tried = [Choice(*FIRST, removed(entry.site, share)) for share in SHARES]
+    tried = [Choice(*first_kind(entry.site), removed(entry.site, share)) for share in SHARES]
     tried += [Choice(*kind, removed(entry.site, COMMON_SHARE)) for kind in kinds(entry)[1:]]
     return list(dict.fromkeys(tried))
 
@@ -80,15 +86,16 @@ class Sensitivity:
     def curves(self) -> dict[Kind, Curve]:
         """A curve for each kind that was measured without a failure."""
         free = free_tokens(self.site, self.site.tokens)
-        points = sorted((c.r / free, e) for c, e in self.measured.items() if (c.strategy, c.match) == FIRST)
+        first = first_kind(self.site)
+        points = sorted((c.r / free, e) for c, e in self.measured.items() if (c.strategy, c.match) == first)
         finite = [(share, error) for share, error in points if numpy.isfinite(error)]
         if not finite:
             return {}
         curve = Curve(tuple(share for share, _ in finite), tuple(error for _, error in finite))
-        found = {FIRST: curve}
+        found = {first: curve}
         for choice, error in self.measured.items():
             kind = (choice.strategy, choice.match)
-            if kind != FIRST and numpy.isfinite(error):
+            if kind != first and numpy.isfinite(error):
                 found[kind] = curve.scaled(error / max(float(curve(choice.r / free)), 1e-12))
         return found
 

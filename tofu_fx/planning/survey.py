@@ -19,7 +19,7 @@ from tofu_fx.planning.metrics import METRICS, OutputError, choose_metric
 from tofu_fx.planning.plan import Spread
 from tofu_fx.planning.progress import Progress
 from tofu_fx.planning.rehearsal import Choice, Choices
-from tofu_fx.planning.sensitivity import FIRST, Sensitivity, candidates
+from tofu_fx.planning.sensitivity import Sensitivity, candidates, first_kind
 from tofu_fx.planning.timing import time_calls
 from tofu_fx.planning.trial import Trial
 
@@ -189,7 +189,7 @@ class Survey:
             count = members[0].tokens
             for site in members:
                 r = min(math.floor(share * count), site.cap(count))
-                choices[site.id] = Choice(*FIRST, r)
+                choices[site.id] = Choice(*first_kind(site), r)
                 count -= r
         return choices
 

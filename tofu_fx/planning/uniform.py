@@ -1,4 +1,7 @@
-"""The schedules that need no calibration, at any cost: the same number of tokens at each site (the paper's)."""
+"""The schedules that need no calibration, at any cost: the same number of tokens at each site (the paper's).
+
+In branches, of the same share of the tokens at each site, compared by what they are compared by there.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,14 @@ from tofu_fx.planning.batches import read_batches
 from tofu_fx.planning.cost import count_operations, share_of_operations
 from tofu_fx.planning.plan import Plan, PlanRow
 from tofu_fx.planning.rehearsal import Choice, Choices
-from tofu_fx.planning.sensitivity import FIRST, Kind
+from tofu_fx.planning.schedule import default_match
+from tofu_fx.planning.sensitivity import Kind, first_kind
 from tofu_fx.planning.trial import Trial
 
 #: name -> the kind of reduction for a site's depth among so many layers
 UNIFORM: Mapping[str, Callable[[int, int], Kind]] = {
     # The paper's rule without calibration: prune in the first half of the layers, MLERP after.
-    "depth rule": lambda depth, layers: ("prune", "keys") if depth < layers / 2 else FIRST,
+    "depth rule": lambda depth, layers: ("prune", "keys") if depth < layers / 2 else ("mlerp", "keys"),
     "uniform mlerp": lambda depth, layers: ("mlerp", "keys"),
     "uniform mean": lambda depth, layers: ("mean", "keys"),
     "uniform prune": lambda depth, layers: ("prune", "keys"),
@@ -56,7 +60,7 @@ def uniform(
 ) -> dict[str, Choice] | None:
     """The same number of tokens at each site, the fewest with which the cost is within the budget; None: out of reach.
 
-    The number need not be whole: then the sites differ by one token.
+    The number need not be whole: then the sites of a stream differ by one token.
     """
     low, high = 0.0, float(max(site.tokens for site in trial.sites))
     if cost(_even(trial, high, kind_of)) > budget:
@@ -71,7 +75,7 @@ def rows_of(trial: Trial, choices: Choices) -> list[PlanRow]:
     """The rows of a plan that does what the choices say."""
     rows = []
     for site in trial.planned:
-        choice = choices.get(site.id, Choice(*FIRST, 0))
+        choice = choices.get(site.id, Choice(*first_kind(site), 0))
         update: dict[str, Any] = {"strategy": choice.strategy, "match": choice.match, "r": choice.r}
         rows.append(PlanRow.of(site, trial.graph_of[site.id]).model_copy(update=update))
     return rows
@@ -79,9 +83,14 @@ def rows_of(trial: Trial, choices: Choices) -> list[PlanRow]:
 
 def _even(trial: Trial, each: float, kind_of: Callable[[int, int], Kind]) -> dict[str, Choice]:
     choices = {}
+    branches = [site for site in trial.sites if site.placement == "branch"]
+    for depth, site in enumerate(branches):
+        r = min(math.floor(each * site.tokens / max(other.tokens for other in branches)), site.cap(site.tokens))
+        if r:
+            choices[site.id] = Choice(kind_of(depth, len(branches))[0], default_match(site), r)
     for members in trial.streams():
         count = members[0].tokens
-        for depth, site in enumerate(members):
+        for depth, site in enumerate(members if members[0].placement == "stream" else ()):
             wanted = math.floor((depth + 1) * each + 1e-9) - math.floor(depth * each + 1e-9)
             r = min(wanted, site.cap(count))
             if r:

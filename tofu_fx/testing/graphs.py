@@ -148,7 +148,14 @@ def _call(node: Node, numbers: dict[Node, int]) -> tuple[Any, ...]:
     target = "" if node.op in ("placeholder", "output") else node.target
     number: Callable[[Node], Any] = lambda value: _Place(numbers[value])  # noqa: E731
     args, kwargs = map_arg(node.args, number), map_arg(dict(sorted(node.kwargs.items())), number)
-    return node.op, target, repr(args), repr(kwargs)
+    return node.op, target, repr(_listed(args)), repr(_listed(kwargs))
+
+
+def _listed(value: Any) -> Any:
+    """Arguments with lists for tuples: an op takes either for a shape, and what lowers a graph again makes lists."""
+    if isinstance(value, list | tuple):
+        return [_listed(part) for part in value]
+    return {key: _listed(part) for key, part in value.items()} if isinstance(value, dict) else value
 
 
 def _shown(node: Node) -> str:
