@@ -1,6 +1,7 @@
 """Dense outputs and diffusion: what merged tokens cost a denoiser and a saliency map, and what they save.
 
     python benchmarks/dense.py denoiser     # quality on the denoiser of examples/, against tomesd: about 20 minutes
+    python benchmarks/dense.py timesteps    # one plan for all timesteps, or one for each: about 15 minutes
     python benchmarks/dense.py placement    # stream against branches on the saliency ViT: about 10 minutes
     python benchmarks/dense.py speed        # against plain inductor and tomesd, both compiled: about 15 minutes
     python benchmarks/dense.py speed --device cuda --shapes sd15_gpu sdxl_gpu sd3_gpu flux_gpu
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 from clock import share_in_operators
 from dense_shapes import SHAPES
+from dense_timesteps import timesteps
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -134,6 +136,7 @@ def placement(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     variants: dict[str, dict[str, Any]] = {
         **{f"stream, r = {r}": {"placement": "stream", "r": r, "strategy": "mlerp"} for r in (4, 8, 12)},
         **{f"attention, ratio {q}": {"placement": "branch", "ratio": q} for q in (0.25, 0.5, 0.75)},
+        "attention, ratio 0.5, whole features": {"placement": "branch", "ratio": 0.5, "match": "features"},
         **{f"attention and MLP, ratio {q}": {"placement": "branch", "ratio": q, **both} for q in (0.2, 0.3, 0.5)},
         "automatic, r = 8": {"r": 8, "strategy": "mlerp"},
     }
@@ -240,12 +243,13 @@ def show(results: dict[str, Any], console: Console) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("denoiser", "placement", "speed", "show"))
+    parser.add_argument("part", choices=("denoiser", "timesteps", "placement", "speed", "show"))
     parser.add_argument("--pictures", type=int, default=48, help="held-out pictures for the loss")
     parser.add_argument("--generated", type=int, default=20, help="pictures that are generated")
     parser.add_argument("--steps", type=int, default=15, help="steps of DDIM")
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
     parser.add_argument("--ratio", type=float, default=0.5, help="of the tokens, for speed")
+    parser.add_argument("--flops", type=float, default=0.92, help="share of the operations, for timesteps")
     parser.add_argument("--photographs", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
@@ -256,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console(width=max(Console().width, 120))
     results = json.loads(args.output.read_text()) if args.output.is_file() else {}
     if args.part != "show":
-        part = {"denoiser": denoiser, "placement": placement, "speed": speed}[args.part]
+        part = {"denoiser": denoiser, "timesteps": timesteps, "placement": placement, "speed": speed}[args.part]
         name = args.part if args.device == "cpu" else f"{args.part}_{args.device}"
         results[name] = {**part(args, console), "threads": torch.get_num_threads()}
         args.output.write_text(json.dumps(results, indent=2) + "\n")
