@@ -205,7 +205,7 @@ def _seed(site: Site, dim: int, place: int, number: int) -> Seed:
             return axes
         base = Base(f"tokens{number}", site.tokens - site.lead - site.tail, "token", number)
         tokens, atoms = Atom(base, -site.lead, site.tokens), axes[dim]
-        tracer.entered[number] = atoms
+        tracer.entered[number] = atoms, site.tokens
         mixed = (tokens,) if place < 0 else (*atoms[:place], tokens, *atoms[place + 1 :])
         return (*axes[:dim], mixed, *axes[dim + 1 :])
 

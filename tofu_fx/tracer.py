@@ -57,8 +57,8 @@ class AxisTracer:
     space: Space = field(default_factory=Space)
     #: number of a stream that is one branch of a block -> the nodes inside of it, which never end it
     branches: Mapping[int, frozenset[Node]] = field(default_factory=dict)
-    #: number of such a stream -> the dimension that its tokens were before they were given to it
-    entered: dict[int, Dim] = field(default_factory=dict)
+    #: number of such a stream -> the dimension that its tokens were before they were given to it, and their number
+    entered: dict[int, tuple[Dim, int]] = field(default_factory=dict)
     #: nodes at which a branch ends
     ends: set[Node] = field(default_factory=set)
     #: node -> Axes, or a tuple of Axes for an op with several outputs
@@ -180,9 +180,12 @@ class AxisTracer:
             carrying = [v for v in inputs if any(atom.base.stream == number for atom in self.tokens(v))]
             if node in inside or not carrying:
                 continue
+            dim, tokens = self.entered.get(number, ((), 0))
+            # Text and image that were joined for the branch are apart again, and meet what they were before that.
+            apart = any(atom.size != tokens for atom in self.tokens(carrying[0]))
             for value in inputs:
                 whole = value in self.depends and not self.tokens(value) and _is_axes(self.axes.get(value, ()))
-                if whole and self.entered.get(number) in self.of(value) and _places(value) == _places(carrying[0]):
+                if whole and (apart or dim in self.of(value)) and _places(value) == _places(carrying[0]):
                     return value
         return None
 
