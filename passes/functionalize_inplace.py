@@ -1,20 +1,25 @@
-"""``x.add_(y)`` on a tensor that nothing else sees -> ``add(x, y)``.
+"""``x.add_(y)`` on a tensor that nothing else sees -> ``add(x, y)``; ``x[..., ::2] = y`` -> ``slice_scatter(x, y)``.
 
 Before: ``%a = aten.add_.Tensor(%x, %y)``, later readers of ``%x`` or ``%a``
 After:  ``%a = aten.add.Tensor(%x, %y)``, later readers of ``%a``
+Before: ``%v = aten.slice(%x, ...)``; ``aten.copy_(%v, %y)``, later readers of ``%x``
+After:  ``%w = aten.slice_scatter(%x, %y, ...)``, later readers of ``%w``
 
-Hand-written models say ``x += self.attn(x)``. The residual stream must be a value, or no node could stand for "the
-tokens before". Only done where it is provably the same: ``x`` is made by this graph, is not a view, has no views that
-are still read, and the result has the same dtype and shape. Anything else stays in place, and is a barrier to tokens.
+Hand-written models say ``x += self.attn(x)``, and write rotary positions into every second feature. The residual
+stream must be a value, or no node could stand for "the tokens before". Only done where it is provably the same: ``x``
+is made by this graph, is not a view, has no views that are still read, and the result has the same dtype and shape.
+Anything else stays in place, and is a barrier to tokens.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from tofu_fx.compilation import Compilation
-from tofu_fx.graphs import argument, copy_graph, is_alias
+from tofu_fx.graphs import argument, copy_graph, is_alias, is_op
 
 #: their twins return flags, where in place they keep the dtype
 _FLAGS = {
@@ -34,7 +39,10 @@ def functionalize_inplace(compilation: Compilation) -> None:
         compilation.at = node
         target = node.args[0]
         assert isinstance(target, Node)
-        if not _is_private(target, place, place[node]) or not _same_form(target, node):
+        if is_op(node, "copy_") and is_op(target, "slice"):
+            _write_part(node, place)
+            continue
+        if not _is_private({target}, place, place[node]) or not _same_form(target, node):
             continue
         node.target = twin
         for user in list(target.users):
@@ -60,10 +68,43 @@ def _functional_twin(node: Node) -> torch._ops.OpOverload | None:
     return twin if same else None
 
 
-def _is_private(target: Node, place: dict[Node, int], at: int) -> bool:
-    """Whether nothing but later readers of ``target`` itself could see it change."""
-    shared = {target}
-    todo = [target]
+def _write_part(node: Node, place: dict[Node, int]) -> None:
+    """``copy_`` into a part of a private tensor, that nothing reads as such, becomes a new tensor; else it stays."""
+    graph, (view, value, *rest) = node.graph, node.args
+    views: list[Node] = []
+    base: Any = view
+    while is_op(base, "slice"):
+        views.append(base)
+        base = base.args[0]
+    readers = [set(part.users) for part in views]
+    if rest or node.users or not isinstance(value, Node) or not _same_form(views[0], node):
+        return
+    if readers != [{node}, *({part} for part in views[:-1])] or not _is_private({base, *views}, place, place[node]):
+        return
+    new = [value]
+    for part in views:
+        with graph.inserting_before(node):
+            args = (part.args[0], new[-1], *(argument(part, key) for key in ("dim", "start", "end", "step")))
+            new.append(graph.call_function(torch.ops.aten.slice_scatter.default, args))
+        fakes = [arg.meta["val"] if isinstance(arg, Node) else arg for arg in args]
+        new[-1].meta = {**node.meta, "val": torch.ops.aten.slice_scatter.default(*fakes)}
+        place[new[-1]] = place[node]
+    made = new[1:]
+    if made[-1].meta["val"].stride() != base.meta["val"].stride():  # later views of it could not be made
+        for other in reversed(made):
+            graph.erase_node(other)
+        return
+    for user in list(base.users):
+        if place[user] > place[node]:
+            user.replace_input_with(base, made[-1])
+    for old in (node, *views):
+        graph.erase_node(old) if not old.users else None
+
+
+def _is_private(targets: set[Node], place: dict[Node, int], at: int) -> bool:
+    """Whether nothing but later readers of ``targets`` themselves could see them change."""
+    shared = set(targets)
+    todo = list(targets)
     while todo:
         value = todo.pop()
         family = [user for user in value.users if _shares(user) and place[user] < at]
@@ -73,7 +114,7 @@ def _is_private(target: Node, place: dict[Node, int], at: int) -> bool:
             family += value.all_input_nodes
         todo += [other for other in family if other not in shared]
         shared.update(family)
-    later = (user for value in shared - {target} for user in value.users if place[user] > at)
+    later = (user for value in shared - targets for user in value.users if place[user] > at)
     return next(later, None) is None
 
 

@@ -43,7 +43,7 @@ def make_polymorphic(compilation: Compilation) -> None:
             sizes: Any = argument(node, "size")
             pairs = zip(tracer.of(node), sizes, strict=True)
             set_argument(node, "size", [-1 if _has(dim) else size for dim, size in pairs])
-        elif is_op(node, "slice"):
+        elif is_op(node, "slice", "slice_scatter"):
             _slice_literals(tracer, node)
         elif is_op(node, "select"):
             _select_literal(tracer, node)

@@ -24,7 +24,8 @@ from tofu_fx.planning.site import Branch, Decline, Site
 from tofu_fx.tokens import Atom, Axes
 from tofu_fx.tracer import AxisTracer
 
-_STREAM = ("layer_norm", "rms_norm", "to", "_to_copy", "alias", "dropout", "contiguous", "clone", "detach")
+_COPIES = ("to", "_to_copy", "type_as", "alias", "dropout", "contiguous", "clone", "detach")
+_STREAM = ("layer_norm", "rms_norm", *_COPIES)
 _PARALLEL = 8  # nodes of the residual stream that the branches of one block may start at
 _WORK = (*PRODUCTS, "linear", "addmm", "scaled_dot_product_attention", "conv1d", "conv2d", "convolution")
 
@@ -178,10 +179,14 @@ def _entry(
 
     None where the tails are not computed from the stream.
     """
-    roots, origins = {skip}, [skip]  # the stream, what it is a multiple of, and what branches beside were added to
+    # The stream, what it is a copy or a multiple of, and what branches beside were added to.
+    roots, origins = {skip}, [skip]
     while origins:
         node = origins.pop()
-        for value in tensor_inputs(node) if is_op(node, "mul", "div", "add") and len(roots) < _PARALLEL else ():
+        sources = tensor_inputs(node) if is_op(node, "mul", "div", "add") else []
+        if is_op(node, *_COPIES):
+            sources = tensor_inputs(node)[:1]
+        for value in sources if len(roots) < _PARALLEL else ():
             if value not in roots and _carries(value, tokens, plain):
                 roots.add(value)
                 origins.append(value)

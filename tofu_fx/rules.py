@@ -179,6 +179,22 @@ def slice_(tracer: AxisTracer, node: Node) -> Axes:
     return tuple(axes)
 
 
+def slice_scatter(tracer: AxisTracer, node: Node) -> Axes:
+    """A tensor with a range of a dim written over: of the token axis by the same tokens, or between protected ones."""
+    base, part = (tracer.of(value) for value in node.args[:2])
+    d = _dims(node, len(base))[0]
+    start, stop, step = slice(argument(node, "start"), argument(node, "end"), argument(node, "step", 1)).indices(
+        dim_size(base[d])
+    )
+    written = tracer.space.cut(base[d], start, max(start, stop), step)
+    if (_has_tokens(written) or _has_tokens(part[d])) and written != part[d]:
+        raise Barrier("tokens are written over others")
+    both = [(value, value in tracer.depends) for value in node.args[:2]]
+    return tuple(
+        dim if i == d else tracer.merge(((dim, both[0][1]), (part[i], both[1][1]))) for i, dim in enumerate(base)
+    )
+
+
 def _cut(tracer: AxisTracer, dim: Dim, start: int, stop: int, step: int = 1) -> Dim:
     part = tracer.space.cut(dim, start, stop, step)
     if _has_tokens(dim) and not _has_tokens(part):
@@ -315,6 +331,7 @@ RULES: dict[str, Rule] = {
     ),
     "select": select,
     "slice": slice_,
+    "slice_scatter": slice_scatter,
     **dict.fromkeys(["split", "chunk", "split_with_sizes", "tensor_split"], split),
     "unbind": unbind,
     **dict.fromkeys(["cat", "concat", "concatenate"], cat),

@@ -226,6 +226,77 @@ def _sana_text(generator: Generator) -> dict[str, Any]:
     return {"encoder_hidden_states": _noise(generator, BATCH, TEXT, 24), "timestep": torch.tensor([10, 900])}
 
 
+def _wan() -> nn.Module:
+    return Called(
+        diffusers.WanTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=24,
+            in_channels=4,
+            out_channels=4,
+            text_dim=24,
+            freq_dim=32,
+            ffn_dim=64,
+            num_layers=3,
+            rope_max_seq_len=32,
+        )
+    )
+
+
+def _cogvideo() -> nn.Module:
+    return Called(
+        diffusers.CogVideoXTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=4,
+            out_channels=4,
+            time_embed_dim=16,
+            text_embed_dim=24,
+            num_layers=3,
+            sample_width=8,
+            sample_height=8,
+            sample_frames=9,
+            max_text_seq_length=TEXT,
+            use_rotary_positional_embeddings=True,
+        )
+    )
+
+
+def _cogvideo_inputs(generator: Generator) -> dict[str, Any]:
+    angles = torch.rand(3 * 4 * 4, 16, generator=generator)
+    return {
+        "hidden_states": _noise(generator, BATCH, 3, 4, 8, 8),
+        "encoder_hidden_states": _noise(generator, BATCH, TEXT, 24),
+        "timestep": torch.tensor([10, 900]),
+        "image_rotary_emb": (angles.cos(), angles.sin()),
+    }
+
+
+def _ltx() -> nn.Module:
+    return Called(
+        diffusers.LTXVideoTransformer3DModel(
+            in_channels=8,
+            out_channels=8,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            cross_attention_dim=32,
+            num_layers=3,
+            caption_channels=24,
+        )
+    )
+
+
+def _ltx_inputs(generator: Generator) -> dict[str, Any]:
+    return {
+        "hidden_states": _noise(generator, BATCH, 3 * 4 * 4, 8),
+        "encoder_hidden_states": _noise(generator, BATCH, TEXT, 24),
+        "timestep": torch.tensor([10, 900]),
+        "encoder_attention_mask": torch.ones(BATCH, TEXT, dtype=torch.bool),
+        "num_frames": 3,
+        "height": 4,
+        "width": 4,
+    }
+
+
 # Self-attention at 16 x 16, cross-attention, then the same at 8 x 8, in the middle, and back up twice.
 UNET = (*CROSS, *(*SMALLER, *CROSS) * 4, *CROSS * 2)
 
@@ -245,5 +316,17 @@ DIFFUSION_CASES: dict[str, Case] = {
     "SanaTransformer2DModel": Case(
         _sana, lambda generator: _image(generator, 8), _sana_text, declined=(*LINEAR, *CROSS) * 2
     ),
+    "WanTransformer3DModel": Case(
+        _wan,
+        lambda generator: (_noise(generator, BATCH, 4, 3, 8, 8),),
+        lambda generator: {
+            "timestep": torch.tensor([10, 900]),
+            "encoder_hidden_states": _noise(generator, BATCH, TEXT, 24),
+        },
+        sites=3,
+        declined=CROSS * 3,
+    ),
+    "CogVideoXTransformer3DModel": Case(_cogvideo, lambda generator: (), _cogvideo_inputs, sites=3),
+    "LTXVideoTransformer3DModel": Case(_ltx, lambda generator: (), _ltx_inputs, sites=3, declined=CROSS * 3),
     "UVit2DModel": Case(_uvit, lambda generator: (), _uvit_inputs, sites=3, declined=CROSS * 7),
 }
