@@ -14,6 +14,7 @@ from torch.fx import Interpreter, Node
 from tofu_fx.autocast import Autocasts, is_region
 from tofu_fx.compilation import Compilation
 from tofu_fx.errors import TofuError
+from tofu_fx.fakes import compute
 from tofu_fx.inputs import fake_mode_of, faking
 from tofu_fx.tokens import hint
 
@@ -38,6 +39,9 @@ class _Checked(Interpreter):
         if isinstance(value, torch.Tensor) and isinstance(noted, torch.Tensor) and _form(value)[:3] != _form(noted)[:3]:
             raise TofuError(f"{n.name} is {_form(value)}, was written as {_form(noted)}")
         return value
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return compute(target, args, kwargs)
 
 
 def verify(compilation: Compilation) -> None:

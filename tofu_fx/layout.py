@@ -16,6 +16,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from tofu_fx.fakes import compute
 from tofu_fx.tokens import Atom, Axes, Barrier, Dim
 
 aten = torch.ops.aten
@@ -75,7 +76,7 @@ class Emitter:
 
     def _fake(self, target: Any, args: Any, kwargs: Any) -> Any:
         values = map_arg((args, kwargs), lambda n: n.meta["val"])
-        return target(*values[0], **values[1])
+        return compute(target, *values)
 
     def _stamp(self, node: Node) -> None:
         if self.origin is not None:

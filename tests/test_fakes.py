@@ -1,0 +1,148 @@
+"""Fake values computed the quick way are those of FakeTensorMode: shape, strides, dtype, device, place in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import Interpreter
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from tests.harness import study
+from tests.zoo import CATALOGUE
+from tofu_fx import fakes
+from tofu_fx.fakes import compute
+from tofu_fx.inputs import fake_mode_of, faking
+
+aten = torch.ops.aten
+MODELS = [
+    "timm: vit", "timm: beit", "timm: eva02", "timm: relpos_cls", "timm: swin", "timm: hiera", "timm: cait",
+    "timm: vit_map", "transformers: bert_padded", "transformers: siglip_vision", "transformers: dpt",
+    "transformers: sam_vision", "diffusers: FluxTransformer2DModel", "other: encoder_tokens_first", "other: einsum",
+    "other: talking_heads", "other: cosine",
+]  # fmt: skip
+
+
+def form(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        assert isinstance(value, FakeTensor)
+        place = (tuple(value.shape), value.stride(), value.storage_offset())
+        return (*place, value.dtype, value.device, value.requires_grad, value.fake_mode)
+    return [form(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+class Both(Interpreter):
+    """Computes each node of a graph both ways."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = compute(target, args, kwargs)
+        assert form(value) == form(target(*args, **kwargs)), target
+        return value
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What was computed the quick way."""
+    made: list[Any] = []
+    wrapped = fakes._wrapped
+
+    def noting(value: Any, like: Any) -> Any:
+        made.append(value)
+        return wrapped(value, like)
+
+    monkeypatch.setattr(fakes, "_wrapped", noting)
+    return made
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_op_of_a_model_has_the_fake_value_that_the_mode_gives_it(name: str, quick: list[Any]) -> None:
+    case = CATALOGUE[name]
+    args, kwargs = case.inputs()
+    with torch.no_grad():
+        found = study(case.model(), *args, variants={"reduced": {"r": 2}}, proofs=False, **kwargs)
+    for compilation in found.compilations("reduced"):
+        gm, count = compilation.gm, len(quick)
+        with faking(fake_mode_of(gm)):
+            Both(gm).run(*(node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")))
+        assert len(quick) - count > len(gm.graph.nodes) / 4, "the quick way is hardly taken"
+
+
+X = (2, 6, 8)
+OPS: dict[str, Callable[..., Any]] = {
+    "linear": lambda x, w, b: compute(aten.linear.default, (x, w, b), {}),
+    "layer_norm": lambda x, w, b: compute(aten.layer_norm.default, (x, [8], b, b), {}),
+    "gelu": lambda x, w, b: compute(aten.gelu.default, (x,), {"approximate": "tanh"}),
+    "add": lambda x, w, b: compute(aten.add.Tensor, (x, b), {}),
+    "twice": lambda x, w, b: compute(aten.add.Tensor, (x, x), {"alpha": 2}),
+    "number": lambda x, w, b: compute(aten.mul.Tensor, (x, 2.5), {}),
+    "equal": lambda x, w, b: compute(aten.eq.Tensor, (x, x), {}),
+    "reshape": lambda x, w, b: compute(aten.reshape.default, (x, [x.shape[0], -1]), {}),
+    "view": lambda x, w, b: compute(aten.unsqueeze.default, (x, 1), {}),
+    "heads": lambda x, w, b: compute(aten.unflatten.int, (x, -1, [2, 4]), {}),
+    "softmax": lambda x, w, b: compute(aten.softmax.int, (x, -1, torch.float64), {}),
+    "mean": lambda x, w, b: compute(aten.mean.dim, (x, [1], True), {}),
+    "matmul": lambda x, w, b: compute(aten.matmul.default, (x, w), {}),
+    "cat": lambda x, w, b: compute(aten.cat.default, ([x, x], 1), {}),
+    "split": lambda x, w, b: compute(aten.split.Tensor, (x, 4, 1), {}),
+    "dropout": lambda x, w, b: compute(aten.dropout.default, (x, 0.1, False), {}),
+    "slice": lambda x, w, b: compute(aten.slice.Tensor, (x, 1, 1, -1), {}),
+    "contiguous": lambda x, w, b: compute(aten.contiguous.default, (x,), {}),
+    "cast": lambda x, w, b: compute(aten.to.dtype, (x, torch.float64), {}),
+}
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "plain": lambda x: x,
+    "turned": lambda x: x.transpose(0, 1),
+    "one": lambda x: x[:, :1],
+    "one, turned": lambda x: x[:1].transpose(0, 1),
+    "expanded": lambda x: x[:, :1].expand(-1, 5, -1),
+    "cut": lambda x: x.repeat(1, 1, 2)[..., 3:11],
+    "last": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "half": lambda x: x.half(),
+    "numbers": lambda x: x.long(),
+}
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("op", list(OPS))
+def test_layouts_are_those_of_the_mode(op: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def outcome() -> Any:
+        with FakeTensorMode() as mode, torch.no_grad():
+            x = LAYOUTS[layout](torch.empty(X))
+            w, b = torch.empty(8, 8), torch.empty(8)
+            if layout == "half" or (layout == "numbers" and op in ("linear", "matmul", "layer_norm")):
+                w, b = w.to(x.dtype), b.to(x.dtype)
+            try:
+                found = form(OPS[op](x, w, b))
+            except Exception as error:
+                return type(error)
+            return str(found).replace(str(mode), "")
+
+    found = outcome()
+    monkeypatch.setattr(fakes, "_plain_name", lambda target: None)
+    assert found == outcome()
+
+
+def test_what_is_unusual_is_left_to_the_mode(quick: list[Any]) -> None:
+    mode, other = FakeTensorMode(), FakeTensorMode(shape_env=ShapeEnv())
+    with mode:
+        x, weight, constant = torch.empty(2, 3), torch.nn.Parameter(torch.empty(2, 3)), torch.tensor(1.0)
+    assert compute(aten.add.Tensor, (x, weight), {}).requires_grad
+    with torch.no_grad():
+        assert not quick
+        assert not compute(aten.add.Tensor, (x, weight), {}).requires_grad
+    assert len(quick) == 1
+    assert compute(aten.mul.Tensor, (constant, constant), {}).constant is not None
+    with torch.autocast("cpu"):
+        assert compute(aten.linear.default, (x, x), {}).dtype is torch.bfloat16
+    symbolic = other.from_tensor(torch.empty(5, 3), static_shapes=False)
+    with enable_python_dispatcher(), other:
+        assert isinstance(compute(aten.reshape.default, (symbolic, [-1]), {}).shape[0], torch.SymInt)
+    assert compute(aten.neg.default, (torch.ones(2),), {}).tolist() == [-1.0, -1.0]
+    with mode:
+        compute(aten.add_.Tensor, (x, 1), {})
+    assert len(quick) == 1

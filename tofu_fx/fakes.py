@@ -1,0 +1,124 @@
+"""Fake values, computed in microseconds where that is safe.
+
+``FakeTensorMode`` takes from half a millisecond to ten to compute an op on shapes that it has not met, and every layer
+behind a reduction has shapes of its own. Nearly all of that goes into cases that are rare: constants, sizes that hang
+on data, kernels that lay out their result by device. For the ops named here the mode ends with the op's own meta kernel
+on the inputs as they are, so that kernel is asked at once. Anything else, and anything unusual about the inputs, is
+left to the mode. ``tests/test_fakes.py`` holds the two against each other on every op of many models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import SymBool, SymFloat, SymInt, Tensor
+from torch._prims_common import make_contiguous_strides_for
+from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
+
+#: beside the elementwise ops, which PyTorch tags: no result's form hangs on a device, a value or a global setting
+_PLAIN = {
+    "view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "t",
+    "movedim", "expand", "expand_as", "repeat", "select", "slice", "split", "split_with_sizes", "chunk", "unbind",
+    "cat", "stack", "gather", "index_select", "embedding", "contiguous", "clone", "alias", "detach", "dropout",
+    "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "softmax", "_softmax", "log_softmax", "layer_norm", "mean",
+    "sum", "amax", "amin", "var", "any",
+}  # fmt: skip
+#: our own, whose fakes do nothing but make tensors like their inputs
+_OWN = {"fuse_tokens", "permute_tokens", "restore_tokens"}
+#: of floating inputs in order of one dtype (and but for layer_norm one shape) comes what the first of them is like
+_LIKE_FIRST = {"layer_norm", "gelu", "relu", "silu", "sigmoid", "tanh", "add", "sub", "mul", "div"}
+#: of dims of size 1, whose strides mean nothing, the mode makes other strides than the kernel
+_REGROUPING = {"view", "reshape", "_unsafe_view", "flatten", "unflatten"}
+
+
+def compute(target: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """What a call gives in the fake mode that is in force."""
+    name = _plain_name(target)
+    tensors = list(_tensors([*args, *kwargs.values()])) if name else []
+    if not tensors or not _are_usual(tensors) or not _are_static([*args, *kwargs.values()]):
+        return target(*args, **kwargs)
+    first = tensors[0]
+    if name in _REGROUPING and 1 in first.shape and not _is_in_order(first):
+        return target(*args, **kwargs)
+    if name in _LIKE_FIRST and _are_alike(tensors, name == "layer_norm"):
+        target, args, kwargs = torch.ops.aten.new_empty.default, (first, first.shape), {}
+    elif name == "linear":
+        args, kwargs = args[:2], {}  # a bias changes nothing about the form, and the kernel that adds it is a slow one
+    with torch._C._DisablePythonDispatcher(), in_kernel_invocation_manager(first.fake_mode):
+        value = target(*args, **kwargs)
+    return _wrapped(value, first)
+
+
+@cache
+def _plain_name(target: Any) -> str | None:
+    """The name of an op whose fake values need nothing but its meta kernel; None for any other."""
+    schema = getattr(target, "_schema", None)
+    if not isinstance(target, torch._ops.OpOverload) or schema is None or schema.is_mutable:
+        return None
+    namespace, name = schema.name.split("::")
+    if namespace == "tofu":
+        return name if name in _OWN else None
+    plain = namespace == "aten" and (name in _PLAIN or torch.Tag.pointwise in target.tags)
+    # An op that is told its device or layout makes more than the kernel knows of.
+    told = any(argument.name in ("device", "layout") for argument in schema.arguments)
+    return name if plain and not told else None
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def _are_usual(tensors: list[Any]) -> bool:
+    """Whether all are fake, of one mode and device and known sizes, and neither autograd nor autocast has a say."""
+    first = tensors[0]
+    if not isinstance(first, FakeTensor) or torch.is_autocast_enabled(first.fake_device.type):
+        return False
+    grad = torch.is_grad_enabled()
+    return all(
+        type(t) is FakeTensor
+        and t.fake_mode is first.fake_mode
+        and t.fake_device == first.fake_device
+        and t.layout is torch.strided
+        and t.constant is None
+        and not t._has_symbolic_sizes_strides
+        and not (grad and t.requires_grad)
+        for t in tensors
+    )
+
+
+def _are_static(values: Iterable[Any]) -> bool:
+    for value in values:
+        if isinstance(value, (SymInt, SymFloat, SymBool)):
+            return False
+        if isinstance(value, (list, tuple)) and not _are_static(value):
+            return False
+    return True
+
+
+def _are_alike(tensors: list[Any], any_shape: bool) -> bool:
+    first = tensors[0]
+    return first.is_floating_point() and all(
+        t.dtype is first.dtype and _is_in_order(t) and (any_shape or t.shape == first.shape) for t in tensors
+    )
+
+
+def _is_in_order(tensor: Any) -> bool:
+    """Whether a tensor is contiguous, its dims of size 1 included."""
+    return bool(tensor.stride() == make_contiguous_strides_for(tensor.shape))
+
+
+def _wrapped(value: Any, like: FakeTensor) -> Any:
+    if isinstance(value, FakeTensor):  # an op that gives its input itself
+        return value
+    if isinstance(value, Tensor):
+        return FakeTensor(like.fake_mode, value, like.fake_device)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_wrapped(part, like) for part in value)
+    return value
