@@ -131,7 +131,6 @@ def _place(
             site.branches = (attention, *(branch for branch in behind if branch.enter not in entered))
             entered.update(branch.enter for branch in behind)
             detach_entries(site, plain, attentions)
-    graph.lint()
     compilation.gm.recompile()
 
 

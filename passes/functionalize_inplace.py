@@ -16,10 +16,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from tofu_fx.compilation import Compilation
-from tofu_fx.graphs import argument, copy_graph, is_alias, is_op
+from tofu_fx.graphs import argument, copy_graph, graph_module, is_alias, is_op
 
 #: their twins return flags, where in place they keep the dtype
 _FLAGS = {
@@ -49,7 +49,7 @@ def functionalize_inplace(compilation: Compilation) -> None:
             if place[user] > place[node]:
                 user.replace_input_with(target, node)
     compilation.gm.recompile()
-    compilation.before = GraphModule(compilation.gm, copy_graph(graph))
+    compilation.before = graph_module(compilation.gm, copy_graph(graph))
 
 
 def _functional_twin(node: Node) -> torch._ops.OpOverload | None:

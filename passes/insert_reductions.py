@@ -11,11 +11,11 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import replace
 
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
 from tofu_fx.autocast import Autocasts, is_region
 from tofu_fx.compilation import Compilation
-from tofu_fx.graphs import LITERAL, tensor_inputs
+from tofu_fx.graphs import LITERAL, graph_module, tensor_inputs
 from tofu_fx.inputs import InputFakes, faking
 from tofu_fx.layout import Emitter
 from tofu_fx.placement import next_branch
@@ -45,7 +45,7 @@ def insert_reductions(compilation: Compilation) -> None:
             compilation.rehearsed = []
         try:
             share_matches(compilation.reducing, compilation.options.reuse if compilation.rehearsed is None else "block")
-            compilation.gm = GraphModule(compilation.gm, _write(compilation))
+            compilation.gm = graph_module(compilation.gm, _write(compilation))
             own = [site for site in compilation.reducing if site.shares is None]
             compilation.token_counts = [site.tokens_out for site in own if compilation.shared_kernels]
             return
@@ -61,7 +61,6 @@ def _write(compilation: Compilation) -> Graph:
         _write_nodes(compilation, inputs, new, regions)
     if compilation.rehearsed is None:
         new.eliminate_dead_code()
-    new.lint()
     return new
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.fx.traceback as fx_traceback
+from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -21,6 +22,7 @@ from tofu_fx.autocast import Autocasts
 from tofu_fx.compilation import Compilation
 from tofu_fx.errors import Unsupported
 from tofu_fx.graphs import is_impure, source_line
+from tofu_fx.recorder import record
 
 
 def lower_to_aten(compilation: Compilation) -> None:
@@ -44,13 +46,9 @@ def lower_to_aten(compilation: Compilation) -> None:
     if len(modes) != 1:
         raise Unsupported("the graph has no tensor input")
     # The placeholders' own fake mode: the one in the tracing context is another, and mixing the two is refused.
-    with torch._guards.tracing(None), modes.pop(), fx_traceback.preserve_node_meta():
-        lowered = make_fx(
-            lambda *args: _run(traced, args),
-            tracing_mode="real",
-            pre_dispatch=True,
-            _allow_non_fake_inputs=True,
-        )(*fakes)
+    (fake_mode,) = modes
+    with torch._guards.tracing(None):
+        lowered = record(traced, fakes, fake_mode) or _trace(traced, fakes, fake_mode)
     after = lowered.graph.find_nodes(op="placeholder")
     for old, new in zip(before, after, strict=True):
         _carry_over(old, new)
@@ -59,6 +57,17 @@ def lower_to_aten(compilation: Compilation) -> None:
     outputs, _ = torch.utils._pytree.tree_flatten(lowered.graph.output_node().args[0])
     compilation.traced_outputs = [out.meta.get("val") if isinstance(out, Node) else out for out in outputs]
     compilation.gm = lowered
+
+
+def _trace(traced: GraphModule, fakes: Sequence[Any], fake_mode: FakeTensorMode) -> GraphModule:
+    """The ATen graph by make_fx, for any graph."""
+    with fake_mode, fx_traceback.preserve_node_meta():
+        return make_fx(
+            lambda *args: _run(traced, args),
+            tracing_mode="real",
+            pre_dispatch=True,
+            _allow_non_fake_inputs=True,
+        )(*fakes)
 
 
 class _Traced(Interpreter):

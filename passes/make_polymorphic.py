@@ -49,7 +49,6 @@ def make_polymorphic(compilation: Compilation) -> None:
             _select_literal(tracer, node)
         elif is_op(node, "split_with_sizes"):
             _split_literals(tracer, node)
-    compilation.gm.graph.lint()
     compilation.gm.recompile()
 
 

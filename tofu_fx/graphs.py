@@ -9,7 +9,8 @@ from typing import Any
 
 import networkx as nx
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 #: meta key of a size computed by make_polymorphic; it belongs to the one node that uses it
 LITERAL = "tofu_literal"
@@ -102,6 +103,12 @@ def copy_graph(graph: Graph) -> Graph:
     new = Graph()
     new.output(new.graph_copy(graph, {}))
     return new
+
+
+def graph_module(root: torch.nn.Module, graph: Graph) -> GraphModule:
+    """A graph module that writes its code when it is asked for it: most graphs between two passes never run."""
+    module: GraphModule = _LazyGraphModule(root, graph)
+    return module
 
 
 def walk_back(node: Node, through: tuple[str, ...]) -> Iterator[Node]:
