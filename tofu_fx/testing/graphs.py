@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.node import map_arg
 
 from tofu_fx.backend import run_once
@@ -67,6 +68,8 @@ def copied(gm: GraphModule) -> GraphModule:
     for old, node in zip(gm.graph.nodes, new.graph.nodes, strict=True):
         if hasattr(old, "_dynamo_source"):  # what tells a parameter from an input
             node._dynamo_source = old._dynamo_source
+    # A lazy module would write its code behind the pass, and hide that the pass forgot to have it written.
+    _LazyGraphModule.force_recompile(new)
     return new
 
 
