@@ -68,7 +68,7 @@ def test_a_model_is_recorded_as_make_fx_traces_it(name: str) -> None:
 def in_place(x: Tensor) -> Tensor:
     y = x * 2
     y.add_(x)
-    y[:, 0] = 0
+    y[:, 0] = x[:, 1]
     x.mul_(2)
     return y + x
 
