@@ -7,6 +7,7 @@ with any of these to ``make_fx``. ``tests/test_recorder.py`` holds the two again
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from tofu_fx.autocast import Autocasts, is_region
 from tofu_fx.fakes import compute
 from tofu_fx.graphs import graph_module
 
+logger = logging.getLogger(__name__)
 _SET_GRAD = torch._C._set_grad_enabled
 _RARE_TAGS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view)
 _FLAGS = (torch.bool, torch.uint8)
@@ -45,7 +47,8 @@ def record(traced: GraphModule, fakes: Sequence[Any], fake_mode: FakeTensorMode)
             interpreter = _Walk(traced)
             interpreter.recorder, interpreter.regions = recorder, regions
             outputs = interpreter.run(*fakes)
-    except _UnusualError:
+    except Exception as error:  # make_fx may know better, and says what is wrong with a graph that cannot be run
+        logger.debug("left to make_fx: %r", error)
         return None
     graph.output(tree_map_only(Tensor, recorder.node_of, outputs))
     return graph_module(torch.nn.Module(), graph)
