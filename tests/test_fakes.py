@@ -127,6 +127,30 @@ def test_layouts_are_those_of_the_mode(op: str, layout: str, monkeypatch: pytest
     assert found == outcome()
 
 
+@pytest.mark.parametrize(
+    ("target", "args"),
+    [
+        (aten.layer_norm.default, [(2, 6, 8), [7]]),
+        (aten.layer_norm.default, [(2, 6, 8), [5, 8]]),
+        (aten.layer_norm.default, [(8,), [6, 8]]),
+        (aten.layer_norm.default, [(2, 6, 8), [8], (7,), (7,)]),
+        (aten.linear.default, [(2, 6, 8), (4, 7)]),
+        (aten.linear.default, [(2, 6, 8), (4, 8), (5,)]),
+        (aten.add.Tensor, [(2, 6, 8), (2, 5, 8)]),
+        (aten.view.default, [(2, 6, 8), [2, 5, 8]]),
+        (aten.cat.default, [[(2, 6, 8), (2, 6, 7)], 1]),
+    ],
+)
+def test_shapes_that_do_not_fit_are_errors(target: Any, args: list[Any]) -> None:
+    def made(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return torch.empty(value)
+        return [made(part) for part in value] if isinstance(value, list) else value
+
+    with FakeTensorMode(), torch.no_grad(), pytest.raises(RuntimeError):
+        compute(target, made(args), {})
+
+
 def test_what_is_unusual_is_left_to_the_mode(quick: list[Any]) -> None:
     mode, other = FakeTensorMode(), FakeTensorMode(shape_env=ShapeEnv())
     with mode:

@@ -28,7 +28,8 @@ _PLAIN = {
 }  # fmt: skip
 #: our own, whose fakes do nothing but make tensors like their inputs
 _OWN = {"fuse_tokens", "permute_tokens", "restore_tokens"}
-#: of floating inputs in order of one dtype (and but for layer_norm one shape) comes what the first of them is like
+#: what comes out is like the first input, if all are floating, in order and of one dtype and shape (but for the weights
+#: of layer_norm)
 _LIKE_FIRST = {"layer_norm", "gelu", "relu", "silu", "sigmoid", "tanh", "add", "sub", "mul", "div"}
 #: of dims of size 1, whose strides mean nothing, the mode makes other strides than the kernel
 _REGROUPING = {"view", "reshape", "_unsafe_view", "flatten", "unflatten"}
@@ -44,10 +45,10 @@ def compute(target: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, A
     # torch 2.11's mode puts what dropout leaves as it is in order; its kernel, as when the model runs, does not.
     if (name == "dropout" or (name in _REGROUPING and 1 in first.shape)) and not _is_in_order(first):
         return target(*args, **kwargs)
-    if name in _LIKE_FIRST and _are_alike(tensors, name == "layer_norm"):
+    if name in _LIKE_FIRST and _are_alike(tensors, args[1] if name == "layer_norm" and len(args) > 1 else first.shape):
         target, args, kwargs = torch.ops.aten.new_empty.default, (first, first.shape), {}
-    elif name == "linear":
-        args, kwargs = args[:2], {}  # a bias changes nothing about the form, and the kernel that adds it is a slow one
+    elif name == "linear" and len(args) == 3 and _fits(args[2], args[1]):
+        args = args[:2]  # a bias changes nothing about the form, and the kernel that adds it is a slow one
     with torch._C._DisablePythonDispatcher(), in_kernel_invocation_manager(first.fake_mode):
         value = target(*args, **kwargs)
     return _wrapped(value, first)
@@ -103,11 +104,23 @@ def _are_static(values: Iterable[Any]) -> bool:
     return True
 
 
-def _are_alike(tensors: list[Any], any_shape: bool) -> bool:
-    first = tensors[0]
-    return first.is_floating_point() and all(
-        t.dtype is first.dtype and _is_in_order(t) and (any_shape or t.shape == first.shape) for t in tensors
+def _are_alike(tensors: list[Any], shape: Sequence[int]) -> bool:
+    """Whether all are of one floating dtype and in order, and of a shape, which is where the first one's ends.
+
+    What does not fit is an error, which the kernel is to raise: it means that tokens cannot be fewer there.
+    """
+    first, *others = tensors
+    fits = tuple(shape) == tuple(first.shape[first.dim() - len(shape) :])
+    return (
+        fits
+        and first.is_floating_point()
+        and _is_in_order(first)
+        and all(t.dtype is first.dtype and t.shape == tuple(shape) and _is_in_order(t) for t in others)
     )
+
+
+def _fits(bias: Any, weight: Any) -> bool:
+    return bias is None or (bias.shape == weight.shape[:1] and bias.dtype is weight.dtype)
 
 
 def _is_in_order(tensor: Any) -> bool:
