@@ -20,9 +20,10 @@ import networkx as nx
 import torch
 from torch.fx import Node
 
-from tofu_fx.branches import detach_entries, place_branches
+from tofu_fx.branches import place_branches
 from tofu_fx.choice import FEW_SITES, prefers_branch
 from tofu_fx.compilation import Compilation
+from tofu_fx.entries import detach_entries
 from tofu_fx.errors import OptionError
 from tofu_fx.graphs import is_op, value_graph
 from tofu_fx.options import BranchKind, Options
