@@ -148,8 +148,8 @@ def _costs(rows: dict[str, dict[str, Any]], walk: dict[str, Any]) -> list[str]:
         f"The passes took {passes:.0f} s in all, Dynamo's own tracing {tracing:.0f} s. For the {len(ratios)} models "
         f"with sites the median ratio is {ratios[len(ratios) // 2]:.2f}; it is under a quarter for "
         f"{sum(ratio < 0.25 for ratio in ratios)}. Token counts are known numbers here. Where they are inputs of the "
-        "graph, so that layers share kernels (inductor on CPU), fake values of symbolic shapes take longer: 2.4 to 2.9 times "
-        "Dynamo's time for ViT-Ti at 224 px. (Compiling with inductor takes many times either.)",
+        "graph, so that layers share kernels (inductor on CPU), fake values of symbolic shapes take longer: 2.4 to 2.9 "
+        "times Dynamo's time for ViT-Ti at 224 px. (Compiling with inductor takes many times either.)",
     ]
 
 
