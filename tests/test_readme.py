@@ -17,7 +17,7 @@ FENCED = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
 PYTHON = [code for language, code in FENCED if language == "python"]
 SHELL = [line for language, code in FENCED if language in ("", "bash", "sh") for line in code.strip().splitlines()]
 
-DENSE = ("denoiser", "placement", "speed", "show")
+DENSE = ("denoiser", "timesteps", "placement", "speed", "show")
 PARTS = ("saliency", "search", "cifar", "times", "show")
 
 #: commands that take minutes -> the short form of the same command that shows that it runs
