@@ -56,6 +56,9 @@ CARRIED: dict[str, Function] = {
     "slice features": lambda x: x[..., 2:6:2],
     "features written over": lambda x: torch.slice_scatter(x, x[..., 1:4] * 2, 2, 0, 3),
     "every second feature written over": lambda x: torch.slice_scatter(x, x[..., :4] * 2, 2, 0, C, 2),
+    "rotation by complex numbers": lambda x: torch.view_as_real(
+        torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.view_as_complex(TABLE.unflatten(-1, (-1, 2)))
+    ).flatten(2),
     "stack": lambda x: torch.stack((x, -x), 2),
     "cat features": lambda x: torch.cat((x, x * 2), -1),
     "mean of features": lambda x: x.mean(-1, keepdim=True),

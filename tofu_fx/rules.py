@@ -242,6 +242,19 @@ def cat(tracer: AxisTracer, node: Node) -> Axes:
     )
 
 
+def as_complex(tracer: AxisTracer, node: Node) -> Axes:
+    """view_as_complex: pairs in the last dim become numbers (rotary positions)."""
+    axes = tracer.of(node.args[0])
+    if _has_tokens(axes[-1]):
+        raise Barrier("a pair of tokens becomes a number")
+    return axes[:-1]
+
+
+def as_real(tracer: AxisTracer, node: Node) -> Axes:
+    """view_as_real: a new last dim of two."""
+    return (*tracer.of(node.args[0]), tracer.space.fresh(f"{node.name}.parts", 2))
+
+
 def stack(tracer: AxisTracer, node: Node) -> Axes:
     """A new dim in front of the broadcast others."""
     parts: Any = node.args[0]
@@ -332,6 +345,8 @@ RULES: dict[str, Rule] = {
     "select": select,
     "slice": slice_,
     "slice_scatter": slice_scatter,
+    "view_as_complex": as_complex,
+    "view_as_real": as_real,
     **dict.fromkeys(["split", "chunk", "split_with_sizes", "tensor_split"], split),
     "unbind": unbind,
     **dict.fromkeys(["cat", "concat", "concatenate"], cat),

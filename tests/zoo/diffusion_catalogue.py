@@ -297,6 +297,47 @@ def _ltx_inputs(generator: Generator) -> dict[str, Any]:
     }
 
 
+def _aura() -> nn.Module:
+    return Called(
+        diffusers.AuraFlowTransformer2DModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            num_mmdit_layers=2,
+            num_single_dit_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            caption_projection_dim=32,
+            pos_embed_max_size=64,
+        )
+    )
+
+
+def _qwen() -> nn.Module:
+    return Called(
+        diffusers.QwenImageTransformer2DModel(
+            in_channels=16,
+            out_channels=4,
+            num_layers=3,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            axes_dims_rope=(4, 6, 6),
+        )
+    )
+
+
+def _qwen_inputs(generator: Generator) -> dict[str, Any]:
+    return {
+        "hidden_states": _noise(generator, BATCH, 5 * 7, 16),
+        "encoder_hidden_states": _noise(generator, BATCH, TEXT, 24),
+        "encoder_hidden_states_mask": torch.ones(BATCH, TEXT, dtype=torch.bool),
+        "timestep": torch.tensor([10.0, 900.0]),
+        "img_shapes": [[(1, 5, 7)]] * BATCH,
+    }
+
+
 # Self-attention at 16 x 16, cross-attention, then the same at 8 x 8, in the middle, and back up twice.
 UNET = (*CROSS, *(*SMALLER, *CROSS) * 4, *CROSS * 2)
 
@@ -313,6 +354,16 @@ DIFFUSION_CASES: dict[str, Case] = {
         lambda: _sd3(dual_attention_layers=(0,), qk_norm="rms_norm"), _image, _joint, sites=4
     ),
     "FluxTransformer2DModel": Case(_flux, lambda generator: (), _flux_inputs, sites=4),
+    "AuraFlowTransformer2DModel": Case(
+        _aura,
+        lambda generator: _image(generator, 8),
+        lambda generator: {
+            "encoder_hidden_states": _noise(generator, BATCH, TEXT, 24),
+            "timestep": torch.tensor([10.0, 900.0]),
+        },
+        sites=4,
+    ),
+    "QwenImageTransformer2DModel": Case(_qwen, lambda generator: (), _qwen_inputs, sites=3),
     "SanaTransformer2DModel": Case(
         _sana, lambda generator: _image(generator, 8), _sana_text, declined=(*LINEAR, *CROSS) * 2
     ),
