@@ -27,7 +27,7 @@ from tofu_fx.entries import detach_entries
 from tofu_fx.errors import OptionError
 from tofu_fx.graphs import is_op, value_graph
 from tofu_fx.options import BranchKind, Options
-from tofu_fx.placement import place_site, token_places
+from tofu_fx.placement import place_site, sample_places, token_places
 from tofu_fx.planning.plan import Plan
 from tofu_fx.planning.site import Decline, Site
 from tofu_fx.rules import find_rule
@@ -180,13 +180,14 @@ def _trace(compilation: Compilation, plain: AxisTracer, placed: list[Site]) -> A
         assert site.reduce_at is not None
         if site.placement == "branch":
             for branch in site.branches:
-                seeds[branch.enter] = _seed(site, branch.dim, branch.place, number + len(placed) * len(branches))
-                branches[number + len(placed) * len(branches)] = branch.inside
+                own = number + len(placed) * len(branches)
+                seeds[branch.enter] = _seed(site, plain, branch.enter, branch.dim, branch.place, own)
+                branches[own] = branch.inside
             continue
         keys = plain.space.flat(plain.of(site.attention.query)[site.attention.query_tokens])
         assert keys is not None
         ((dim, place),) = token_places(plain, site.reduce_at, keys)
-        seeds[site.reduce_at] = _seed(site, dim, place, number)
+        seeds[site.reduce_at] = _seed(site, plain, site.reduce_at, dim, place, number)
     known = [a for a in compilation.attentions if not a.causal]
     nodes = frozenset(node for a in known for node in (a.node, a.softmax) if node is not None)
     scores = frozenset(a.scores for a in known if a.scores is not None)
@@ -194,18 +195,22 @@ def _trace(compilation: Compilation, plain: AxisTracer, placed: list[Site]) -> A
     return trace(lambda space: AxisTracer(graph, find_rule, state, seeds, nodes, scores, space, branches))
 
 
-def _seed(site: Site, dim: int, place: int, number: int) -> Seed:
-    """Start a stream at a site's residual add, unless one already runs through it.
+def _seed(site: Site, plain: AxisTracer, node: Node, dim: int, place: int, number: int) -> Seed:
+    """Start a stream at a node, a site's residual add or the entry of a branch, unless one already runs through it.
 
-    The tokens are the atom ``place`` of the dim, or (-1) all its atoms together.
+    The tokens are the atom ``place`` of the dim, or (-1) all its atoms together. Its samples are the other atoms that
+    the site's keys have too.
     """
+    samples = sample_places(site.attention, plain, node, dim, place)
 
     def seed(tracer: AxisTracer, axes: Axes) -> Axes:
-        if token_atoms(axes):
+        if token_atoms(axes) or [len(d) for d in axes] != [len(d) for d in plain.of(node)]:
             return axes
+        tracer.samples.axes[number] = tuple(axes[d][i] for d, i in samples)
         base = Base(f"tokens{number}", site.tokens - site.lead - site.tail, "token", number)
         tokens, atoms = Atom(base, -site.lead, site.tokens), axes[dim]
         tracer.entered[number] = atoms, site.tokens
+        tracer.samples.tokens[number] = (atoms if place < 0 else (atoms[place],)), site.lead
         mixed = (tokens,) if place < 0 else (*atoms[:place], tokens, *atoms[place + 1 :])
         return (*axes[:dim], mixed, *axes[dim + 1 :])
 

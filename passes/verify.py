@@ -2,7 +2,8 @@
 
 Every node's fake value was computed while the graph was written; this pass computes them once more from the inputs
 alone, so that no node stands on a value that another node no longer has. Both times by ``tofu_fx.fakes.compute``: what
-it saves is the mode's way to an op's meta kernel, never the check that shapes fit. Changes nothing in the graph.
+it saves is the mode's way to an op's meta kernel, never the check that shapes fit. And wherever there are tokens of a
+reduced stream there are all of its samples. Changes nothing in the graph.
 """
 
 from __future__ import annotations
@@ -46,8 +47,9 @@ class _Checked(Interpreter):
 
 
 def verify(compilation: Compilation) -> None:
-    """Raise TofuError where an output is not what was traced."""
+    """Raise TofuError where an output is not what was traced, or where samples of a reduced stream have met."""
     gm = compilation.gm
+    _check_samples(compilation)
     fakes = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
     interpreter = _Checked(gm)
     interpreter.compilation = compilation
@@ -64,6 +66,15 @@ def verify(compilation: Compilation) -> None:
         known = not isinstance(node, Node) or _form(node.meta["val"]) == _form(now)
         if _form(now)[: None if known else 3] != _form(traced)[: None if known else 3]:
             raise TofuError(f"output {i} is {_form(now)}, was traced as {_form(traced)}")
+
+
+def _check_samples(compilation: Compilation) -> None:
+    """What has a stream's tokens has its samples, each once and in order: whatever a rule said of the ops between."""
+    tracer = compilation.traced
+    for node in tracer.axes:
+        compilation.at = node
+        for part in tracer.parts(node):
+            tracer.samples.check(part)
 
 
 def _form(value: Any) -> Any:

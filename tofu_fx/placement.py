@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from torch.fx import Node
 
 from tofu_fx.graphs import argument, is_op
-from tofu_fx.planning.site import Decline, Site
+from tofu_fx.planning.site import Attention, Decline, Site
 from tofu_fx.tokens import Atom, hint
 from tofu_fx.tracer import AxisTracer
 
@@ -75,6 +75,20 @@ def token_places(plain: AxisTracer, node: Node, tokens: Atom) -> list[tuple[int,
     axes = plain.of(node)
     places = [(i, j) for i, dim in enumerate(axes) for j, atom in enumerate(dim) if atom == tokens]
     return places or [(i, -1) for i, dim in enumerate(axes) if plain.space.flat(dim) == tokens]
+
+
+def sample_places(attention: Attention, plain: AxisTracer, node: Node, dim: int, place: int) -> list[tuple[int, int]]:
+    """Where a tensor carries the samples of an attention: the axes, tokens aside, that it shares with the keys."""
+    keys = plain.of(attention.key)
+    positions = keys[attention.key_tokens]
+    shared = {atom for other in keys for atom in other if atom.base.kind != "feature"}.difference(positions)
+    tokens = {(dim, i) for i in range(len(plain.of(node)[dim])) if place in (-1, i)}
+    return [
+        (d, i)
+        for d, other in enumerate(plain.of(node))
+        for i, atom in enumerate(other)
+        if (d, i) not in tokens and atom in shared
+    ]
 
 
 def descendants(start: Node, order: Mapping[Node, int]) -> Iterator[Node]:

@@ -106,6 +106,7 @@ def softmax(tracer: AxisTracer, node: Node) -> Axes:
     for d in _dims(node, len(axes)):
         if _has_tokens(axes[d]) and node not in tracer.attention_nodes:
             raise Barrier("softmax over tokens outside of a recognised attention")
+        tracer.mix(axes[d])
     return axes
 
 
@@ -115,6 +116,7 @@ def norm(tracer: AxisTracer, node: Node) -> Axes:
     rank = len(argument(node, "normalized_shape"))
     if any(_has_tokens(dim) for dim in axes[len(axes) - rank :]):
         raise Barrier("the norm's statistics run over tokens")
+    tracer.mix(*axes[len(axes) - rank :])
     return axes
 
 
@@ -123,6 +125,8 @@ def batch_norm(tracer: AxisTracer, node: Node) -> Axes:
     axes = tracer.of(node.args[0])
     if token_atoms(axes) and (argument(node, "training") or _has_tokens(axes[1])):
         raise Barrier("batch norm's statistics run over tokens")
+    if argument(node, "training"):
+        tracer.mix(axes[0], *axes[2:])
     return axes
 
 
@@ -132,6 +136,7 @@ def reduction(kind: str) -> Rule:
     def rule(tracer: AxisTracer, node: Node) -> Axes:
         axes = tracer.of(node.args[0])
         dims = _dims(node, len(axes))
+        tracer.mix(*(axes[d] for d in dims))
         if any(_has_tokens(axes[d]) for d in dims):
             if kind == "other":
                 raise Barrier("a statistic over tokens")

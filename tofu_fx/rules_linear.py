@@ -14,6 +14,7 @@ from tofu_fx.tracer import AxisTracer
 
 def _contract(tracer: AxisTracer, node: Node, left: Dim, right: Dim) -> None:
     """Tokens may be summed over only where attention does it: both sides the same tokens."""
+    tracer.mix(left, right)
     tokens = [any(atom.is_token for atom in dim) for dim in (left, right)]
     if not any(tokens):
         return
@@ -100,6 +101,7 @@ def attention(tracer: AxisTracer, node: Node) -> Axes:
     if k[-2] != v[-2] and any(atom.is_token for atom in k[-2] + v[-2]):
         raise Barrier("keys and values are different tokens")
     tracer.drop()
+    tracer.mix(q[-1], k[-2], k[-1], v[-2])
     # Query and key decide together what the batch is: latent queries are expanded to it, keys come with it. Fewer key
     # heads than query heads (grouped-query attention) are not broadcast dims.
     depends = [argument(node, name) in tracer.depends for name in ("query", "key")]
@@ -113,6 +115,7 @@ def convolution(tracer: AxisTracer, node: Node) -> Axes:
     axes, shape = tracer.of(node.args[0]), [hint(size) for size in node.meta["val"].shape]
     if any(atom.is_token for dim in axes[1:] for atom in dim):
         raise Barrier("a convolution over tokens")
+    tracer.mix(*axes[1:])
     fresh = [tracer.space.fresh(f"{node.name}.{i}", size) for i, size in enumerate(shape[2:], start=2)]
     return (axes[0], tracer.space.fresh(f"{node.name}.1", shape[1], "feature"), *fresh)
 

@@ -26,6 +26,7 @@ class Space:
     _derived: dict[Any, Any] = field(default_factory=dict)
     _whole_of: dict[tuple[Atom, Atom], Atom] = field(default_factory=dict)
     _factors: dict[Base, Dim] = field(default_factory=dict)
+    _split_from: dict[Base, Base] = field(default_factory=dict)
     _pieces: dict[Base, tuple[tuple[Atom | None, int], ...]] = field(default_factory=dict)
 
     def fresh(self, name: str, size: Any, kind: Kind = "plain") -> Dim:
@@ -122,6 +123,7 @@ class Space:
             )
             self._derived[key] = pair
             self._whole_of[pair] = atom  # type: ignore[index]
+            self._split_from.update((part.base, atom.base) for part in pair)
         return self._derived[key]
 
     def join(self, dim: Sequence[Atom]) -> Dim:
@@ -132,6 +134,17 @@ class Space:
             while len(joined) > 1 and (joined[-2], joined[-1]) in self._whole_of:
                 joined[-2:] = [self._whole_of[joined[-2], joined[-1]]]
         return tuple(joined)
+
+    def is_part(self, atom: Atom, whole: Atom) -> bool:
+        """Whether an atom has positions of ``whole``: is it, is cut from it, or is a factor that it was split into."""
+        base = atom.base
+        while base in self._split_from:
+            base = self._split_from[base]
+        return base is whole.base
+
+    def has_all(self, axes: Axes, whole: Atom) -> bool:
+        """Whether a tensor has each position of ``whole`` once and in order, as one axis or split into several."""
+        return self.join([atom for dim in axes for atom in dim if self.is_part(atom, whole)]) == (whole,)
 
     def regroup(self, axes: Axes, shape: Sequence[Any]) -> Axes:
         """The axes after a view or reshape to ``shape``: factors keep their order, only their grouping changes."""

@@ -15,6 +15,7 @@ import torch
 from torch.fx import Graph, Node
 
 from tofu_fx.graphs import is_alias, is_op, source_line, tensor_inputs
+from tofu_fx.samples import Samples, SamplesMixed
 from tofu_fx.space import Space
 from tofu_fx.tokens import Atom, Axes, Barrier, Dim, dim_size, hint, token_atoms
 
@@ -71,6 +72,11 @@ class AxisTracer:
     weights: set[Node] = field(default_factory=set)
     unknown_ops: dict[str, int] = field(default_factory=dict)
     _dropped: bool = False
+    #: along which atoms the op at hand computes a position from several; None where no rule says so
+    _mixed: list[Atom] | None = None
+
+    def __post_init__(self) -> None:
+        self.samples = Samples(self.space)
 
     def run(self) -> AxisTracer:
         """Walk the graph once, in order."""
@@ -84,6 +90,10 @@ class AxisTracer:
             seed = self.seeds.get(node)
             if seed is not None and isinstance(node.meta.get("val"), torch.Tensor):
                 self.axes[node] = seed(self, self.axes[node])
+                if token_atoms(self.axes[node]):
+                    self.samples.across.discard(
+                        node
+                    )  # a new stream, each of whose tokens has its own share of the others
         return self
 
     def of(self, value: Any) -> Axes:
@@ -103,6 +113,11 @@ class AxisTracer:
         """A rule says: this op may legally lose the token axis (pooling, attention keys, protected tokens)."""
         self._dropped = True
 
+    def mix(self, *dims: Dim) -> None:
+        """A rule says: along these dims of an operand the op computes each position from several."""
+        assert self._mixed is not None, "only rules say so"
+        self._mixed += [atom for dim in dims for atom in dim]
+
     def merge(self, dims: Iterable[tuple[Dim, bool]]) -> Dim:
         """The dimension that results from broadcasting dims (each with: depends on the input)."""
         present = [(dim, depends) for dim, depends in dims if dim_size(dim) != 1]
@@ -116,6 +131,7 @@ class AxisTracer:
         moving = [dim for dim, depends in present if depends]
         for other in moving[1:]:
             self.space.meet(moving[0], other)
+        self.samples.check_meeting(moving)
         return moving[0] if moving else present[0][0] if present else ()
 
     def broadcast(self, operands: Iterable[Any], rank: int) -> Axes:
@@ -157,22 +173,50 @@ class AxisTracer:
             self._end_branch(node, inputs, whole)
             return
         try:
+            self.samples.check_inputs((value, self.parts(value)) for value in inputs)
             axes = self._apply_rule(node, bool(carried))
-            kept = set(token_atoms(axes) if _is_axes(axes) else [a for part in axes for a in token_atoms(part)])
+            parts = [axes] if _is_axes(axes) else list(axes)
+            kept = {atom for part in parts for atom in token_atoms(part)}
             if {a.base for a in carried} - {a.base for a in kept} and not self._dropped:
                 raise Barrier("the op would lose the token axis")
             most = max((len(self.tokens(value)) for value in inputs), default=0)
             if node not in self.score_nodes and len(kept) and _is_axes(axes) and len(token_atoms(axes)) > most:
                 raise Barrier("tokens are compared with tokens outside of a recognised attention")
+            for part in parts:
+                self.samples.check(part, self._mixed or ())
         except Barrier as barrier:
-            axes = self._fresh(node)
+            axes = self._whole_axes(node, inputs)
+            self.samples.whole[node] = frozenset(atom.base.stream for atom in carried)
+            if isinstance(barrier, SamplesMixed):
+                self.samples.across.add(node)
             if carried:
                 values = tuple(value for value in inputs if self.tokens(value))
                 self.barriers.append(BarrierRecord(node, str(barrier), values, self.is_fatal(node, values)))
         if axes is not None:
             self.axes[node] = axes
+        if not self.tokens(node):
+            self.samples.follow(node, inputs, self.parts(node), self._mixed)
         if self._keeps_weights(node):
             self.weights.add(node)
+
+    def _whole_axes(self, node: Node, inputs: list[Node]) -> Any:
+        """The axes of what an op gives on whole tokens: by its rule, from the axes that its inputs then have."""
+        reduced = {value: self.axes[value] for value in inputs if value in self.axes}
+        whole = {
+            value: self.samples.as_whole(axes) if _is_axes(axes) else tuple(map(self.samples.as_whole, axes))
+            for value, axes in reduced.items()
+        }
+        self._mixed = None
+        if any(axes is None or None in axes for axes in whole.values()):
+            return self._fresh(node)
+        self.axes.update(whole)
+        try:
+            return self._apply_rule(node, carries=False)
+        except Barrier:
+            self._mixed = None
+            return self._fresh(node)
+        finally:
+            self.axes.update(reduced)
 
     def _meets_whole(self, node: Node, inputs: list[Node]) -> Node | None:
         """The operand that has all the tokens of a branch where another operand has fewer of them; None elsewhere."""
@@ -214,6 +258,7 @@ class AxisTracer:
         if getattr(node.target, "_schema", None) is not None and node.target._schema.is_mutable and carries:  # type: ignore[union-attr]
             raise Barrier("it changes a tensor of tokens in place")
         rule = self.rules(node.target)
+        self._mixed = None if rule is None else []
         if rule is None:
             if carries:
                 self.unknown_ops[str(node.target)] = self.unknown_ops.get(str(node.target), 0) + 1
