@@ -14,7 +14,7 @@ from torch.fx import Node
 from tofu_fx.compilation import Compilation
 from tofu_fx.graphs import argument, is_op, module_path
 from tofu_fx.masks import Masks
-from tofu_fx.patterns import OPAQUE, find_attentions
+from tofu_fx.patterns import OPAQUE, find_attentions, find_comparisons
 from tofu_fx.planning.site import Attention, Decline, Site
 from tofu_fx.rules import find_rule
 from tofu_fx.tokens import Atom, Axes, Barrier, Dim, dim_size, hint
@@ -33,7 +33,8 @@ def find_attention(compilation: Compilation) -> None:
     graph = compilation.gm.graph
     tracer = trace(lambda space: AxisTracer(graph, find_rule, compilation.model_state, space=space))
     compilation.axes = tracer
-    compilation.attentions = list(find_attentions(graph))
+    compilation.attentions = list(find_attentions(tracer))
+    compilation.attentions += find_comparisons(tracer, compilation.attentions)
     masks = Masks(compilation.gm, compilation.model_state, tracer.depends, compilation.example_inputs)
     linear = _find_linear(compilation, tracer)
     order = {node: i for i, node in enumerate(graph.nodes)}
@@ -45,6 +46,7 @@ def find_attention(compilation: Compilation) -> None:
         names[name] += 1
         unique = f"{name}#{names[name]}" if names[name] > 1 else name
         site = _site(tracer, masks, attention, unique, path)
+        site.decline = attention.unrecognised or site.decline
         if attention in linear:
             site.decline = Decline(_LINEAR, attention.node)
         compilation.sites.append(site)
@@ -63,7 +65,7 @@ def _find_linear(compilation: Compilation, tracer: AxisTracer) -> list[Attention
             continue
         summed, other = tracer.space.flat(a[-1]), tracer.space.flat(b[-2])
         left_over = [tracer.space.flat(dim) for dim in (a[-2], b[-1])]
-        features = any(atom is not None and atom.base.kind == "feature" for atom in left_over)
+        features = all(atom is not None and atom.base.kind == "feature" for atom in left_over)
         if features and summed is not None and summed == other and summed.base.kind == "plain" and summed.size > 1:
             found.append(Attention(node, right, -2, -1, left, -1, -2))
     return found
@@ -94,9 +96,6 @@ def _reason(tracer: AxisTracer, attention: Attention, queries: Dim, keys: Dim) -
         )
     if any(hint(size) == 0 for size in attention.query.meta["val"].shape):
         return "the call is empty: a tensor of it has no element"
-    if attention.strange is not None:
-        op = str(attention.strange.target).removesuffix(".default")
-        return f"{op} between the softmax and a product is none of the known ways to write attention"
     if attention.causal:
         return _MASKED["later"]
     uneven = next((node for node in attention.after[1:] if _adds_to_weights(node)), None)

@@ -188,7 +188,7 @@ def _trace(compilation: Compilation, plain: AxisTracer, placed: list[Site]) -> A
         assert keys is not None
         ((dim, place),) = token_places(plain, site.reduce_at, keys)
         seeds[site.reduce_at] = _seed(site, plain, site.reduce_at, dim, place, number)
-    known = [a for a in compilation.attentions if not a.causal]
+    known = [a for a in compilation.attentions if not a.causal and a.unrecognised is None]
     nodes = frozenset(node for a in known for node in (a.node, a.softmax) if node is not None)
     scores = frozenset(a.scores for a in known if a.scores is not None)
     graph, state = compilation.gm.graph, compilation.model_state

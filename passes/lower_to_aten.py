@@ -23,6 +23,7 @@ from tofu_fx.compilation import Compilation
 from tofu_fx.errors import Unsupported
 from tofu_fx.graphs import is_impure, source_line
 from tofu_fx.recorder import record
+from tofu_fx.spellings import respell
 
 
 def lower_to_aten(compilation: Compilation) -> None:
@@ -54,6 +55,7 @@ def lower_to_aten(compilation: Compilation) -> None:
         _carry_over(old, new)
     compilation.model_state = frozenset(new for old, new in zip(before, after, strict=True) if _is_state(old))
     lowered.graph.eliminate_dead_code(is_impure_node=is_impure)
+    respell(lowered.graph)
     outputs, _ = torch.utils._pytree.tree_flatten(lowered.graph.output_node().args[0])
     compilation.traced_outputs = [out.meta.get("val") if isinstance(out, Node) else out for out in outputs]
     compilation.gm = lowered

@@ -116,7 +116,7 @@ def is_one(size: Any) -> bool:
 def consumer_dims(tracer: AxisTracer, node: Node, value: Node) -> tuple[Dim, ...]:
     """The dims, in a node's own terms, that an operand's dims are lined up with."""
     own: Axes = tracer.of(value)
-    if is_op(node, "cat"):
+    if is_op(node, "cat", "slice_scatter"):
         dim = int(argument(node, "dim")) % len(own)
         return tuple(own[i] if i == dim else d for i, d in enumerate(tracer.of(node)))
     if is_op(node, "stack"):

@@ -44,6 +44,14 @@ def pointwise(tracer: AxisTracer, node: Node) -> Axes:
     return tracer.broadcast([*operands, *node.kwargs.values()], len(_shape(node)))
 
 
+def prelu(tracer: AxisTracer, node: Node) -> Axes:
+    """Elementwise; several weights belong to dim 1, which must not hold tokens."""
+    axes, weights = tracer.of(node.args[0]), node.args[1].meta["val"].numel()  # type: ignore[union-attr]
+    if weights != 1 and len(axes) > 1 and _has_tokens(axes[1]):
+        raise Barrier("each token has a slope of its own")
+    return axes
+
+
 def like_first(tracer: AxisTracer, node: Node) -> Axes:
     """Same shape and axes as the first operand (dropout, to, contiguous, zeros_like, ...)."""
     return tracer.of(tensor_inputs(node)[0])
@@ -283,12 +291,14 @@ def factory(tracer: AxisTracer, node: Node) -> Axes:
 
 def constant_pad(tracer: AxisTracer, node: Node) -> Axes:
     """Padding makes the padded dims new axes; tokens must not be padded."""
-    axes = list(tracer.of(node.args[0]))
-    for i, (dim, size) in enumerate(zip(axes, _shape(node), strict=True)):
-        if dim_size(dim) != size:
-            if _has_tokens(dim):
-                raise Barrier("the token axis is padded")
-            axes[i] = tracer.space.fresh(f"{node.name}.{i}", size)
+    axes, widths = list(tracer.of(node.args[0])), argument(node, "pad")
+    for place in range(len(axes)):
+        i = len(axes) - 1 - place  # the widths come in pairs, from the last dim on
+        if all(isinstance(width, int) and width == 0 for width in widths[2 * place : 2 * place + 2]):
+            continue
+        if _has_tokens(axes[i]):
+            raise Barrier("the token axis is padded")
+        axes[i] = tracer.space.fresh(f"{node.name}.{i}", node.meta["val"].shape[i])
     return tuple(axes)
 
 
@@ -329,15 +339,16 @@ RULES: dict[str, Rule] = {
         like_first,
     ),
     "type_as": like_first_alone,
-    **dict.fromkeys(["where", "prelu", "divide", "multiply", "copy", "float_power"], pointwise),
+    "prelu": prelu,
+    **dict.fromkeys(["where", "divide", "multiply", "copy", "float_power"], pointwise),
     **dict.fromkeys(
         ["view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "reshape_as", "view_as"],
         view,
     ),
     **dict.fromkeys(["permute"], permute),
-    **dict.fromkeys(["transpose", "swapaxes", "swapdims", "t"], transpose),
+    **dict.fromkeys(["transpose", "t"], transpose),
     **dict.fromkeys(["movedim", "moveaxis"], movedim),
-    **dict.fromkeys(["expand", "expand_as", "repeat", "broadcast_to"], expand),
+    **dict.fromkeys(["expand", "expand_as", "repeat"], expand),
     **dict.fromkeys(["softmax", "_softmax", "log_softmax", "_log_softmax"], softmax),
     **dict.fromkeys(["layer_norm", "rms_norm"], norm),
     "batch_norm": batch_norm,

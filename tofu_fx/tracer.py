@@ -7,7 +7,8 @@ stream and records what is done to them: where they are pooled, and at which bar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,6 +113,25 @@ class AxisTracer:
     def drop(self) -> None:
         """A rule says: this op may legally lose the token axis (pooling, attention keys, protected tokens)."""
         self._dropped = True
+
+    def along(self, way: Sequence[Node], axes: Axes) -> Axes | None:
+        """What becomes of a tensor with ``axes`` on its way through ops of the graph, from its first node to its last.
+
+        What joins it from aside counts as broadcast. None where a rule says that the axes cannot pass.
+        """
+        known = dict(self.axes)
+        self.axes[way[0]] = axes
+        try:
+            for before, node in itertools.pairwise(way):
+                for value in tensor_inputs(node):
+                    if value is not before:
+                        self.axes[value] = ((),) * len(known.get(value, ()))
+                self.axes[node] = self._apply_rule(node, carries=False)
+            return self.axes[way[-1]]
+        except Barrier:
+            return None
+        finally:
+            self.axes = known
 
     def mix(self, *dims: Dim) -> None:
         """A rule says: along these dims of an operand the op computes each position from several."""

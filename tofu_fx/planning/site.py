@@ -13,6 +13,17 @@ from tofu_fx.ops import max_reduction
 
 
 @dataclass(frozen=True)
+class Decline:
+    """Why a site is left alone, and the node that is the reason."""
+
+    reason: str
+    node: Node
+
+    def __str__(self) -> str:
+        return f"{self.reason}{source_line(self.node)}"
+
+
+@dataclass(frozen=True)
 class Attention:
     """One attention in the graph.
 
@@ -38,19 +49,8 @@ class Attention:
     after: tuple[Node, ...] = ()
     mask: Node | None = None
     causal: bool = False
-    #: an op between the products and the softmax that is none of those known to stand there
-    strange: Node | None = None
-
-
-@dataclass(frozen=True)
-class Decline:
-    """Why a site is left alone, and the node that is the reason."""
-
-    reason: str
-    node: Node
-
-    def __str__(self) -> str:
-        return f"{self.reason}{source_line(self.node)}"
+    #: why this is no attention as far as the compiler can tell, and the node that it did not recognise
+    unrecognised: Decline | None = None
 
 
 @dataclass(frozen=True)
