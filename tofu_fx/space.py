@@ -138,7 +138,7 @@ class Space:
     def is_part(self, atom: Atom, whole: Atom) -> bool:
         """Whether an atom has positions of ``whole``: is it, is cut from it, or is a factor that it was split into."""
         base = atom.base
-        while base in self._split_from:
+        while base is not whole.base and base in self._split_from:
             base = self._split_from[base]
         return base is whole.base
 
