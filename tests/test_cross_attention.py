@@ -11,13 +11,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import Node
 from torch.nn import functional as F
 
 from tests.harness import EAGER, randomise, relative_error
 from tests.zoo.handwritten import DIM, HEADS, mlp
 from tests.zoo.masked import ATTEND, Attend, Masked, are_there, sample
 from tofu_fx import Options
-from tofu_fx.backend import rewrite
+from tofu_fx.backend import Outcome, rewrite
+from tofu_fx.errors import PassError
+from tofu_fx.graphs import is_op, module_path
+from tofu_fx.rewriter import Rewriter
 
 N, R = 16, 4  # pairs of copies: half of them go at the first of two sites, the others at the second
 TOLERANCE = 1e-5  # sums of 16 float32 terms, 6e-8 each, through four blocks with norms
@@ -129,3 +133,30 @@ def test_queries_that_see_no_key_get_nothing_before_and_after(fill: float | bool
     found, sites = _reduced(both, inputs, r=(R, R, 0))
     assert sites == 2
     assert relative_error(found, both(*inputs)) < TOLERANCE
+
+
+@torch.no_grad()
+def test_failure_while_one_stream_is_written_costs_that_stream_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    write = Rewriter.write
+
+    def failing(rewriter: Rewriter, node: Node) -> None:
+        if is_op(node, "gelu") and "text" in module_path(node) and rewriter.native.get(node.all_input_nodes[0]):
+            raise IndexError("planted")
+        write(rewriter, node)
+
+    monkeypatch.setattr(Rewriter, "write", failing)
+    inputs = _pairs(1), _pairs(2), are_there([N, N], N)
+    outcomes: list[Outcome] = []
+
+    def backend(gm: Any, examples: Any) -> Any:
+        with pytest.raises(PassError, match=r"insert_reductions failed at node gelu.*planted"):
+            rewrite(gm, Options.parse(options), examples)
+        outcomes.append(rewrite(gm, Options.parse({**options, "on_error": "fallback"}), examples))
+        return gm
+
+    options = {**EAGER, "r": R, "placement": "stream"}
+    torch.compile(randomise(Reader(ATTEND["fused"])), backend=backend)(*inputs)
+    (outcome,) = outcomes
+    assert outcome.compilation is not None
+    assert [site.id for site in outcome.compilation.reducing] == ["image.0", "image.1"]
+    assert any("IndexError: planted" in warning for warning in outcome.warnings)
