@@ -36,7 +36,7 @@ def guarded(run: Callable[..., Any], gm: GraphModule, guards: Sequence[Guard]) -
             said.add(broken)
             warnings.warn(
                 f"tofu_fx: the graph was compiled for calls in which {broken}, and in this one that is not so: "
-                "such calls run the untouched graph, eagerly; if they are many, call torch._dynamo.reset() and start with one",
+                "such calls run the untouched graph, eagerly; if they are many, call torch._dynamo.reset() first",
                 TofuWarning,
                 stacklevel=2,
             )
