@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from tofu_fx.compilation import Compilation
 from tofu_fx.graphs import argument, is_op, module_path
+from tofu_fx.guards import Guard
 from tofu_fx.masks import Masks
 from tofu_fx.patterns import OPAQUE, find_attentions, find_comparisons
 from tofu_fx.planning.site import Attention, Decline, Site
@@ -45,7 +46,7 @@ def find_attention(compilation: Compilation) -> None:
         name = path or "attention"
         names[name] += 1
         unique = f"{name}#{names[name]}" if names[name] > 1 else name
-        site = _site(tracer, masks, attention, unique, path)
+        site = _site(tracer, masks, attention, unique, path, compilation.guards)
         site.decline = attention.unrecognised or site.decline
         if attention in linear:
             site.decline = Decline(_LINEAR, attention.node)
@@ -71,7 +72,9 @@ def _find_linear(compilation: Compilation, tracer: AxisTracer) -> list[Attention
     return found
 
 
-def _site(tracer: AxisTracer, masks: Masks, attention: Attention, name: str, path: str) -> Site:
+def _site(
+    tracer: AxisTracer, masks: Masks, attention: Attention, name: str, path: str, guards: dict[str, Guard]
+) -> Site:
     queries = tracer.of(attention.query)[attention.query_tokens]
     keys = tracer.of(attention.key)[attention.key_tokens]
     heads = _heads(tracer, attention)
@@ -82,6 +85,9 @@ def _site(tracer: AxisTracer, masks: Masks, attention: Attention, name: str, pat
         own, read = tracer.space.flat(queries), tracer.space.flat(keys)
         ahead = own.offset - read.offset if own and read and own.base is read.base else 0
         hides = masks.judge(attention, site.tokens, ahead)
+        guard = masks.guard(attention, site.tokens, ahead) if hides in ("pairs", "unseen") else None
+        if guard is not None:
+            guards[name], hides = guard, "keys"
         site.padding, reason = hides == "keys", _MASKED.get(hides)
     if reason:
         site.decline, site.tokens = Decline(reason, attention.node), dim_size(keys)

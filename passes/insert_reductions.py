@@ -11,11 +11,13 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import replace
 
+import networkx as nx
 from torch.fx import Graph, Node
 
 from tofu_fx.autocast import Autocasts, is_region
 from tofu_fx.compilation import Compilation
-from tofu_fx.graphs import LITERAL, graph_module, tensor_inputs
+from tofu_fx.errors import TofuError
+from tofu_fx.graphs import LITERAL, graph_module, tensor_inputs, value_graph
 from tofu_fx.inputs import InputFakes, faking
 from tofu_fx.layout import Emitter
 from tofu_fx.placement import next_branch
@@ -23,7 +25,7 @@ from tofu_fx.planning.sharing import share_matches
 from tofu_fx.planning.site import Decline, Site
 from tofu_fx.rewriter import Rewriter
 from tofu_fx.tokens import Barrier
-from tofu_fx.tracer import BarrierRecord
+from tofu_fx.tracer import AxisTracer, BarrierRecord
 
 
 class _SiteLost(Exception):
@@ -38,7 +40,7 @@ def insert_reductions(compilation: Compilation) -> None:
     """Replace ``compilation.gm``; every node of the new graph has its fake value.
 
     A site or stream that turns out to meet something that whole tokens cannot serve is given up, and the rest is
-    written again.
+    written again. So is a stream at which writing fails, unless ``on_error`` is "raise".
     """
     while compilation.reducing:
         if compilation.rehearsed is not None:
@@ -52,7 +54,15 @@ def insert_reductions(compilation: Compilation) -> None:
         except _SiteLost as lost:
             _give_up_site(compilation, lost.site, str(lost))
         except Barrier as barrier:
-            _give_up(compilation, str(barrier))
+            give_up_streams(compilation, str(barrier))
+        except Exception as error:  # a fault of ours, which is said and costs no other stream anything
+            if compilation.options.on_error == "raise" or isinstance(error, TofuError) or compilation.at is None:
+                raise
+            reason = (
+                f"its tokens could not be reduced, because insert_reductions failed: {type(error).__name__}: {error}"
+            )
+            for site in give_up_streams(compilation, reason):
+                site.notes.append(f"left alone: {site.decline}")
 
 
 def _write(compilation: Compilation) -> Graph:
@@ -69,6 +79,9 @@ def _write_nodes(compilation: Compilation, inputs: InputFakes, new: Graph, regio
     for node in old.find_nodes(op="placeholder"):
         rewriter.env[node, 0] = inputs.copy(new, node)
     counts = {site.id: inputs.token_count(new, site) for site in compilation.reducing if site.shares is None}
+    # Constants at once: what a branch compares tokens by is computed from them ahead of their place in the graph.
+    for node in old.find_nodes(op="get_attr"):
+        rewriter.env[node, 0] = inputs.copy(new, node)
     reductions = {
         branch.enter if branch else site.reduce_at: (number, site, branch)
         for number, site in enumerate(compilation.reducing)
@@ -80,11 +93,9 @@ def _write_nodes(compilation: Compilation, inputs: InputFakes, new: Graph, regio
         if is_region(node):
             rewriter.settle(node)
         regions.visit(node)
-        if node.op == "placeholder":
+        if node.op in ("placeholder", "get_attr"):
             continue
-        if node.op == "get_attr":
-            rewriter.env[node, 0] = inputs.copy(new, node)
-        elif node.op == "output":
+        if node.op == "output":
             _add_branches(compilation, rewriter)
             new.output(rewriter.write_whole(node))
         elif node in barriers:
@@ -158,12 +169,22 @@ def _give_up_site(compilation: Compilation, site: Site, reason: str) -> None:
             later.tokens_in, later.tokens_out = later.tokens_in + gone, later.tokens_out + gone
 
 
-def _give_up(compilation: Compilation, reason: str) -> None:
-    """Decline the sites of the streams that meet at the node where writing stopped."""
+def give_up_streams(compilation: Compilation, reason: str) -> list[Site]:
+    """Decline the sites of the streams that meet at ``compilation.at``, or lead to it; where none does, all."""
     at = compilation.at
     assert isinstance(at, Node)
     tracer = compilation.traced
     streams = {atom.base.stream for value in (at, *tensor_inputs(at)) for atom in tracer.tokens(value)}
-    for site in compilation.reducing:
-        if site.stream in streams or not streams:
-            site.decline = Decline(reason, at)
+    lost = [site for site in compilation.reducing if _streams(site, tracer) & streams]
+    if not lost:
+        ahead = nx.ancestors(value_graph(compilation.gm.graph), at)
+        lost = [site for site in compilation.reducing if site.reduce_at in ahead] or compilation.reducing
+    for site in lost:
+        site.decline = Decline(reason, at)
+    return lost
+
+
+def _streams(site: Site, tracer: AxisTracer) -> set[int]:
+    """The numbers of the streams that a site reduces: one, or that of each of its branches."""
+    enters = [branch.enter for branch in site.branches]
+    return {site.stream, *(atom.base.stream for enter in enters for atom in tracer.tokens(enter))}

@@ -16,12 +16,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from tofu_fx.passes.insert_reductions import give_up_streams
 from torch.fx import Graph, Node
 
 from tofu_fx.compilation import Compilation
 from tofu_fx.graphs import LITERAL, argument, is_op, set_argument, tensor_inputs
 from tofu_fx.tokens import Axes, Barrier, Dim, dim_size, hint, token_atoms
-from tofu_fx.tracer import AxisTracer
+from tofu_fx.tracer import AxisTracer, BarrierRecord
 
 _END = 2**63 - 1
 _SHAPED = {"view": "size", "reshape": "shape", "_unsafe_view": "size", "unflatten": "sizes"}
@@ -37,19 +38,30 @@ def make_polymorphic(compilation: Compilation) -> None:
         if node.op != "call_function" or node in barriers or not carried:
             continue
         compilation.at = node
-        if is_op(node, *_SHAPED):
-            _shape_literals(tracer, node)
-        elif is_op(node, "expand"):
-            sizes: Any = argument(node, "size")
-            pairs = zip(tracer.of(node), sizes, strict=True)
-            set_argument(node, "size", [-1 if _has(dim) else size for dim, size in pairs])
-        elif is_op(node, "slice", "slice_scatter"):
-            _slice_literals(tracer, node)
-        elif is_op(node, "select"):
-            _select_literal(tracer, node)
-        elif is_op(node, "split_with_sizes"):
-            _split_literals(tracer, node)
+        try:
+            _follow_tokens(tracer, node)
+        except Barrier as barrier:
+            values = tuple(value for value in tensor_inputs(node) if tracer.tokens(value))
+            compilation.barriers.append(BarrierRecord(node, str(barrier), values))
+            if tracer.is_fatal(node, values):
+                give_up_streams(compilation, str(barrier))
     compilation.gm.recompile()
+
+
+def _follow_tokens(tracer: AxisTracer, node: Node) -> None:
+    """Recompute the literals of one node."""
+    if is_op(node, *_SHAPED):
+        _shape_literals(tracer, node)
+    elif is_op(node, "expand"):
+        sizes: Any = argument(node, "size")
+        pairs = zip(tracer.of(node), sizes, strict=True)
+        set_argument(node, "size", [-1 if _has(dim) else size for dim, size in pairs])
+    elif is_op(node, "slice", "slice_scatter"):
+        _slice_literals(tracer, node)
+    elif is_op(node, "select"):
+        _select_literal(tracer, node)
+    elif is_op(node, "split_with_sizes"):
+        _split_literals(tracer, node)
 
 
 def _has(dim: Dim) -> bool:
@@ -80,12 +92,23 @@ def _shape_literals(tracer: AxisTracer, node: Node) -> None:
         out = out[first : first + len(entries)]
     for i, dim in enumerate(out):
         if _has(dim) and not (isinstance(entries[i], int) and entries[i] == -1):
-            entries[i] = _token_count(tracer, node, dim, entries, i)
+            entries[i] = _token_count(tracer, node, dim)
+            if isinstance(entries[i], int) and entries[i] == -1:
+                _spell_out(entries, out, i)
     set_argument(node, name, entries)
 
 
-def _token_count(tracer: AxisTracer, node: Node, dim: Dim, entries: list[Any], place: int) -> Any:
-    """The size of an output dim that holds tokens, from the sizes of the node's input."""
+def _spell_out(entries: list[Any], out: Axes, inferred: int) -> None:
+    """One size can be inferred: that of tokens merged with a symbolic axis, so any other is written as a number."""
+    for i, entry in enumerate(entries):
+        if i != inferred and isinstance(entry, int) and entry == -1:
+            if any(atom.is_token or atom.base.symbolic for atom in out[i]):
+                raise Barrier("a view merges tokens with a symbolic axis and infers another")
+            entries[i] = dim_size(out[i])
+
+
+def _token_count(tracer: AxisTracer, node: Node, dim: Dim) -> Any:
+    """The size of an output dim that holds tokens, from the sizes of the node's input; or -1: inferred."""
     source = tensor_inputs(node)[0]
     make = _maker(tracer.graph, node)
     axes = tracer.of(source)
@@ -96,8 +119,6 @@ def _token_count(tracer: AxisTracer, node: Node, dim: Dim, entries: list[Any], p
     where = next(i for i, d in enumerate(axes) if token in d)
     beside = [atom for atom in axes[where] if not atom.is_token]
     if any(atom.base.symbolic for atom in (*others, *beside)):
-        if -1 in [entry for entry in entries if isinstance(entry, int)]:
-            raise Barrier("a view merges tokens with a symbolic axis and infers another")
         return -1
     count = make(torch.ops.aten.sym_size.int, source, where)
     divisor, factor = dim_size(tuple(beside)), math.prod(atom.size for atom in others)
@@ -112,24 +133,23 @@ def _slice_literals(tracer: AxisTracer, node: Node) -> None:
     if not _has(axes[dim]):
         return
     atom = axes[dim][0]
-    start, end = argument(node, "start") or 0, argument(node, "end")
-    stop = atom.size if end is None else min(hint(end), atom.size)
-    if start >= atom.size:
-        start = _END  # an empty slice
-    elif start > atom.lead:
-        start -= atom.size
-    set_argument(node, "start", start)
-    if stop >= atom.size - atom.tail:
-        set_argument(node, "end", _END if stop >= atom.size else stop - atom.size)
+    # Places that were counted from the end are counted from the front first: -16 of 17 tokens is behind the first one.
+    bounds = (argument(node, name) for name in ("start", "end"))
+    start, stop, _ = slice(*(None if bound is None else hint(bound) for bound in bounds)).indices(atom.size)
+    last = atom.size - atom.tail
+    # An empty slice starts behind all that there are.
+    set_argument(node, "start", _END if start >= atom.size else start if start <= atom.lead else start - atom.size)
+    set_argument(node, "end", _END if stop >= atom.size else stop if stop < last else stop - atom.size)
 
 
 def _select_literal(tracer: AxisTracer, node: Node) -> None:
-    """A suffix token is counted from the end."""
+    """A prefix token is counted from the front, a suffix token from the end."""
     axes = tracer.of(node.args[0])
     atoms = token_atoms((axes[int(argument(node, "dim")) % len(axes)],))
     index = argument(node, "index")
-    if atoms and isinstance(index, int) and index >= atoms[0].size - atoms[0].tail:
-        set_argument(node, "index", index - atoms[0].size)
+    if atoms and isinstance(index, int):
+        index %= atoms[0].size
+        set_argument(node, "index", index - atoms[0].size if index >= atoms[0].size - atoms[0].tail else index)
 
 
 def _split_literals(tracer: AxisTracer, node: Node) -> None:

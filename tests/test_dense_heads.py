@@ -41,6 +41,7 @@ TAKE: dict[str, Callable[[Tensor], Tensor]] = {
     "both parts of a split": lambda t: _added(*reversed(t.split([1, PATCHES], 1))),
     "class token by select": lambda t: _added(t[:, 1:], t[:, 0].unsqueeze(1)),
     "class token by slice": lambda t: _added(t[:, 1:], t[:, :1]),
+    "places from the end": lambda t: _added(t[:, -PATCHES:], t[:, :-PATCHES] + t[:, -1 - PATCHES].unsqueeze(1)),
     "permuted first": lambda t: t.permute(0, 2, 1)[:, :, 1:].contiguous().view(-1, DIM, GRID, GRID),
     "unflatten": lambda t: t[:, 1:].transpose(1, 2).unflatten(2, (GRID, GRID)),
     "dropout in eval mode": lambda t: _grid(F.dropout(t[:, 1:], 0.5, training=False)),

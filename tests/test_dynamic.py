@@ -52,6 +52,21 @@ def test_batch_marked_dynamic_compiles_once_and_is_right_at_every_size(name: str
     assert counter.frame_count == 1
 
 
+def test_batch_merged_with_tokens_in_a_view_that_infers_the_features() -> None:
+    """As experts write it, ``view(batch * tokens, -1)``: the one size that may be inferred is another one then."""
+    model = ZOO["vit"].model()
+    mlp = model.blocks[1].mlp
+    mlp.fc1.register_forward_pre_hook(lambda _, x: (x[0].view(x[0].shape[0] * x[0].shape[1], -1),))
+    mlp.register_forward_hook(lambda _, x, out: out.view(*x[0].shape[:2], -1))
+    call, counter = counted(model, r=4, strategy="mlerp")
+    for batch in (3, 2):
+        x = ZOO["vit"].inputs(batch)
+        torch._dynamo.mark_dynamic(x, 0)
+        expected = reference(ZOO["vit"].model(), ZOO["vit"].inputs(batch), [("mlerp", 4)] * 3)
+        assert relative_error(call(x), expected) < MEANING_TOLERANCE
+    assert counter.frame_count == 1
+
+
 @pytest.mark.parametrize(
     "name", ["deit3", "siglip", "eva02", "dinov3", "relpos", "hf_vit_eager", "torchvision_vit", "encoder_tokens_first"]
 )

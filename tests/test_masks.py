@@ -153,8 +153,26 @@ def test_packing_that_the_first_call_does_not_show_is_declined() -> None:
 
 @torch.no_grad()
 def test_mask_of_pairs_that_is_an_input_is_declined() -> None:
-    (reason,) = reasons(randomise(Masked(lambda m, x, mask: mask)), sample(), torch.ones(N, N, dtype=torch.bool))
+    (reason,) = reasons(randomise(Masked(lambda m, x, mask: mask)), sample(), torch.eye(N, dtype=torch.bool))
     assert "cannot be seen while compiling" in reason
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spelling", ["fused", "keys ahead"])
+def test_padding_given_for_every_pair_is_served_and_a_causal_mask_in_a_later_call_never_leaks(
+    spelling: str,
+) -> None:
+    model = randomise(Masked(lambda m, x, mask: mask, ATTEND[spelling]))
+    padding = are_there([N - 9, N - 3])[:, None, None].expand(-1, 1, N, -1).contiguous()
+    assert reasons(model, sample(), padding) == {""}
+    call, other = compiled(model, r=R), sample(seed=7)
+    reduced = call(sample(), padding)
+    assert not torch.allclose(reduced, model(sample(), padding), atol=1e-3)
+    causal = padding & torch.ones(N, N, dtype=torch.bool).tril()
+    with pytest.warns(tofu_fx.TofuWarning, match="hides the same keys from all queries"):
+        assert torch.equal(call(other, causal), model(other, causal))
+    assert torch.equal(call(sample(), padding), reduced)
+    assert not torch.allclose(call(other, ~padding), model(other, ~padding), atol=1e-3)
 
 
 @torch.no_grad()

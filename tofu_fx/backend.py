@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 
 from tofu_fx.compilation import Compilation
 from tofu_fx.errors import OptionError, PassError, PlanError, TofuError, TofuWarning, Unsupported
+from tofu_fx.guards import guarded
 from tofu_fx.inputs import carry_over, fake_mode_of
 from tofu_fx.options import Options
 from tofu_fx.pipeline import run_pipeline
@@ -60,11 +61,18 @@ def tofu(
     if compilation is None or not compilation.reducing:
         return _inner(gm, example_inputs, parsed)
     carry_over(gm, compilation.gm)
+    guards = [compilation.guards[site.id] for site in compilation.reducing if site.id in compilation.guards]
+    run = _reduced(compilation, example_inputs, parsed)
+    return guarded(run, gm, list(dict.fromkeys(guards))) if guards else run
+
+
+def _reduced(compilation: Compilation, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    """The rewritten graph compiled, with the signature of the traced one."""
     if not compilation.shared_kernels:
-        return _inner(compilation.gm, example_inputs, parsed)
+        return _inner(compilation.gm, example_inputs, options)
     fakes = [node.meta["val"] for node in compilation.gm.graph.find_nodes(op="placeholder")]
     with torch._guards.tracing(torch._guards.TracingContext(fake_mode_of(compilation.gm))):
-        run = _inner(compilation.gm, fakes, parsed)
+        run = _inner(compilation.gm, fakes, options)
     counts = compilation.token_counts
     return lambda *args: run(*args, *counts)
 

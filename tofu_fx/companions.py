@@ -29,7 +29,7 @@ class Companions:
     emit: Emitter
     streams: dict[int, Stream]
     #: (old node, version) -> new node, the rewriter's
-    env: dict[tuple[Node, int], Any]
+    env: dict[tuple[Node, Any], Any]
     _rebased: dict[Any, Node] = field(default_factory=dict)
 
     def rebased(self, node: Node, newest: dict[int, int]) -> dict[Node, Any]:

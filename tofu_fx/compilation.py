@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
+from tofu_fx.guards import Guard
 from tofu_fx.options import Options
 from tofu_fx.planning.site import Attention, Rehearsed, Site
 from tofu_fx.tracer import AxisTracer, BarrierRecord
@@ -27,6 +28,8 @@ class Compilation:
     before: GraphModule | None = None
     #: the fake values of the graph's outputs as traced (lower_to_aten)
     traced_outputs: list[Any] = field(default_factory=list)
+    #: site id -> what must hold in each call, because it was decided from the values of the first (find_attention)
+    guards: dict[str, Guard] = field(default_factory=dict)
     #: every attention in the graph (find_attention)
     attentions: list[Attention] = field(default_factory=list)
     #: one for each attention over tokens, matched or declined (find_attention, find_streams, plan_reductions)

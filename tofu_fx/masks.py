@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from tofu_fx.graphs import argument, is_alias, is_op, tensor_inputs
+from tofu_fx.guards import Guard
 from tofu_fx.planning.site import Attention
 from tofu_fx.tokens import Barrier, hint
 
@@ -29,6 +30,7 @@ _ORDER: tuple[Hides, ...] = ("nothing", "keys", "pairs", "unseen", "later")
 FAR_BELOW = 46.0
 _NEAR = 400  # nodes of a mask's making that are followed
 _WORK = ("linear", "matmul", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention", "conv2d", "conv1d")
+_MOVES = tuple("view reshape _unsafe_view flatten unflatten squeeze unsqueeze permute transpose linear".split())  # noqa: SIM905
 _SHAPE_ONLY = ("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty")
 
 
@@ -61,6 +63,7 @@ class Masks:
     depends: set[Node]
     example_inputs: Sequence[Any] | None
     _judged: dict[Any, Hides] = field(default_factory=dict)
+    _guards: dict[Any, Guard] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._place = {node: i for i, node in enumerate(self.gm.graph.nodes)}
@@ -101,6 +104,35 @@ class Masks:
                 continue  # not a value that this input can take
             found.append("unseen" if hides == "later" else hides)
         return max(found, key=_ORDER.index)
+
+    def guard(self, attention: Attention, tokens: int, ahead: int = 0) -> Guard | None:
+        """A condition on each call under which a mask given as an input, ``[.., N, N]``, hides keys from all alike.
+
+        None where it does not hold in the first call, or where this could not be checked from the arguments of a call:
+        only a mask that comes whole, and joins scores that keep their dims, is seen to have equal rows.
+        """
+        making, dim = self._making(attention), attention.softmax_query_dim
+        joining = [value for value in sides(attention) if value.meta["val"].numel() != 1]
+        inputs = [node for node in making if node in self._inputs]
+        whole = all(_is_pairs(node, tokens, _keys(attention)) for node in inputs)
+        moved = any(is_op(node, *_MOVES) for node in (*attention.way[1:], *attention.after[1:]))
+        sized = any(not _is_tensor(value) for node in making for value in node.all_input_nodes)
+        if not inputs or not whole or moved or sized or any(self._is_bias(node) for node in making):
+            return None
+        key = ("guard", tuple(joining), dim, ahead)
+        if key not in self._guards:
+
+            def holds(args: Sequence[Any]) -> bool:
+                try:
+                    values = self._values(making, {node: args[self._inputs[node]] for node in inputs})
+                except (_Unknown, RuntimeError):
+                    return False
+                return all(_is_alike(values[value], dim) for value in joining)
+
+            names = ", ".join(str(node.target) for node in inputs)
+            self._guards[key] = Guard(f"the mask {names} hides the same keys from all queries", holds)
+        guard = self._guards[key]
+        return guard if self.example_inputs is not None and guard.holds(self.example_inputs) else None
 
     def _making(self, attention: Attention) -> list[Node]:
         """The nodes that the masks' values are computed from, in graph order; behind a size there is nothing.
@@ -217,6 +249,16 @@ def _run(node: Node, values: dict[Node, Any]) -> Any:
 
     args, kwargs = map_arg((node.args, node.kwargs), value_of)
     return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _is_pairs(node: Node, queries: int, keys: int) -> bool:
+    return _is_tensor(node) and [hint(size) for size in node.meta["val"].shape[-2:]] == [queries, keys]
+
+
+@torch.no_grad()
+def _is_alike(side: Tensor, dim: int) -> bool:
+    """Whether a tensor is the same at all places of a dim, counted from the end."""
+    return side.dim() < -dim or bool((side == side.narrow(dim, 0, 1)).all())
 
 
 def _is_tensor(node: Node) -> bool:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.fx import Node
 
 from tofu_fx.companions import scores_dims
 from tofu_fx.graphs import argument, is_op
-from tofu_fx.layout import align, aten
-from tofu_fx.tokens import token_atoms
+from tofu_fx.layout import Emitter, align, aten
+from tofu_fx.masks import sides
+from tofu_fx.tokens import Barrier, token_atoms
 
 if TYPE_CHECKING:
     from tofu_fx.rewriter import Rewriter
@@ -55,20 +56,60 @@ def attention_bias(rewriter: Rewriter, node: Node, mapping: dict[Any, Any], newe
     stream, version = rewriter.streams.get(run.base.stream), newest.get(run.base.stream, 0)
     if stream is None or version == 0:
         return None
+    if len(dims[place]) > 1:
+        raise Barrier("the keys are tokens that are merged with another axis")
     first: Any = argument(node, "query") if is_op(node, "scaled_dot_product_attention") else node.args[0]
     dtype = rewriter.mapped(first, mapping).meta["val"].dtype
     return align(rewriter.emit, stream.log_size(rewriter.emit, version, run, dtype), dims, place, stream.batch)
 
 
+def biased_scores(rewriter: Rewriter, node: Node, scores: Node, bias: Node) -> Node:
+    """The input of an attention's softmax with the bias added.
+
+    A query that sees no key (padding, where masks are of pairs) has the lowest number there is at every key, so that it
+    sees all alike; what is added to that is lost in rounding. The softmax sees differences only, so such scores are
+    brought up to zero first.
+    """
+    if _hides(rewriter, node):
+        top = rewriter.emit.call(aten.amax.default, scores, [int(argument(node, "dim"))], True)
+        scores = rewriter.emit.call(aten.sub.Tensor, scores, rewriter.emit.call(aten.detach.default, top))
+    return cast("Node", rewriter.emit.call(aten.add.Tensor, scores, bias))
+
+
 def biased_attention(rewriter: Rewriter, node: Node, mapping: dict[Node, Any], bias: Node) -> Any:
     """The fused op with the bias in its mask."""
-    mask = argument(node, "attn_mask")
+    mask, emit = argument(node, "attn_mask"), rewriter.emit
+    query, key, value = (rewriter.mapped(argument(node, name), mapping) for name in ("query", "key", "value"))
     if mask is not None:
+        hides = _hides(rewriter, node)
         mask = rewriter.mapped(mask, mapping)
         if mask.meta["val"].dtype == torch.bool:
-            bias = rewriter.emit.call(aten.where.ScalarOther, mask, bias, float("-inf"))
+            bias = emit.call(aten.where.ScalarOther, mask, bias, float("-inf"))
         else:
-            bias = rewriter.emit.call(aten.add.Tensor, mask, bias)
-    args = [rewriter.mapped(argument(node, name), mapping) for name in ("query", "key", "value")]
+            if hides:
+                query, mask = _seeing(emit, query, mask)
+            bias = emit.call(aten.add.Tensor, mask, bias)
     options = {name: argument(node, name) for name in ("dropout_p", "scale", "enable_gqa")}
-    return rewriter.emit.call(node.target, *args, bias, options.pop("dropout_p"), False, **options)
+    return emit.call(node.target, query, key, value, bias, options.pop("dropout_p"), False, **options)
+
+
+def _seeing(emit: Emitter, query: Node, mask: Node) -> tuple[Node, Node]:
+    """A query and a mask of numbers, where a query that sees no key sees all alike by other numbers.
+
+    As in `biased_scores`. There the scores themselves are lost in rounding, so the query is made zero; where every key
+    is at minus infinity nothing comes out, before as after.
+    """
+    info = torch.finfo(mask.meta["val"].dtype)
+    lost = -16 / torch.finfo(torch.float64 if info.bits == 64 else torch.float32).eps
+    top = emit.call(aten.detach.default, emit.call(aten.amax.default, mask, [-1], True))
+    blind = emit.call(aten.lt.Scalar, top, lost)
+    mask = emit.call(aten.sub.Tensor, mask, emit.call(aten.clamp_min.default, top, info.min))
+    return emit.call(aten.where.ScalarSelf, blind, 0.0, query), mask
+
+
+def _hides(rewriter: Rewriter, node: Node) -> bool:
+    """Whether the masks of an attention may hide all keys from a query: for a site it was judged, else it may be."""
+    for site in rewriter.compilation.sites:
+        if node in (site.attention.node, site.attention.softmax):
+            return (site.padding or not site.matched) and any(s.meta["val"].numel() != 1 for s in sides(site.attention))
+    return True

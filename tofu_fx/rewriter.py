@@ -7,6 +7,7 @@ on whole tokens) is simply appended where it is first needed.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,11 +24,15 @@ from tofu_fx.layout import Count, Emitter, Layout, aten
 from tofu_fx.metric import Metric, batch_of
 from tofu_fx.options import Match
 from tofu_fx.planning.site import Branch, Rehearsed, Site
-from tofu_fx.proportional import attention_bias, biased_attention, weighted
+from tofu_fx.proportional import attention_bias, biased_attention, biased_scores, weighted
 from tofu_fx.sketch import folds
 from tofu_fx.streams import Stream, Version
 from tofu_fx.tokens import Axes, Barrier, hint, token_atoms, token_dim
 from tofu_fx.tracer import AxisTracer
+
+#: The version of a node: 0 with the tokens that were traced. A node of two streams (text that reads an image) is at a
+#: version of each: (number of the stream, its version) for both.
+Key = int | tuple[tuple[int, int], ...]
 
 _SAME = ("contiguous", "clone", "alias", "detach", "lift_fresh")
 
@@ -40,9 +45,9 @@ class Rewriter:
     emit: Emitter
     streams: dict[int, Stream] = field(default_factory=dict)
     #: (old node, version) -> new node or number; nodes without tokens stand at version 0
-    env: dict[tuple[Node, int], Any] = field(default_factory=dict)
+    env: dict[tuple[Node, Any], Any] = field(default_factory=dict)
     #: the version at which a node of tokens was computed
-    native: dict[Node, int] = field(default_factory=dict)
+    native: dict[Node, Key] = field(default_factory=dict)
     #: nodes that are the residual stream since its last reduction, with nothing but additions in between
     chain: set[Node] = field(default_factory=set)
     #: site id -> the reduction of its branch, which other branches may share
@@ -64,6 +69,22 @@ class Rewriter:
         atoms = self.tracer.tokens(node)
         return self.streams.get(atoms[0].base.stream) if atoms else None
 
+    def numbers(self, node: Node) -> list[int]:
+        """The numbers of the streams whose tokens a node carries: several in attention from one to another."""
+        return sorted({atom.base.stream for atom in self.tracer.tokens(node)})
+
+    def versions(self, node: Node) -> dict[int, int]:
+        """The version at which a node was computed, of each stream whose tokens it carries."""
+        native, numbers = self.native.get(node, 0), self.numbers(node)
+        return dict.fromkeys(numbers, native) if isinstance(native, int) else dict(native)
+
+    def key(self, node: Node, newest: Mapping[int, int]) -> Key:
+        """The version of a node whose streams are at those of ``newest``."""
+        versions = [(number, newest.get(number, 0)) for number in self.numbers(node)]
+        if len(versions) > 1:
+            return tuple(versions) if any(version for _, version in versions) else 0
+        return versions[0][1] if versions else 0
+
     def layout(self, node: Node, dim: int | None = None) -> Layout:
         """Where a node's tokens, batch and features are."""
         axes: Axes = self.tracer.of(node)
@@ -73,9 +94,11 @@ class Rewriter:
 
     # ---- a node's value at a version -------------------------------------------------------------------------------
 
-    def at(self, node: Node, version: int) -> Any:
+    def at(self, node: Node, version: Key) -> Any:
         """The node at a version that is not older than its own: rebased by the same merges, step by step."""
         if (node, version) not in self.env:
+            if not isinstance(version, int):
+                raise Barrier("attention between two streams of which one is reduced meanwhile")
             stream = self.stream_of(node)
             assert stream is not None
             previous = self.at(node, version - 1)
@@ -101,7 +124,8 @@ class Rewriter:
         version = self.native.get(node, 0)
         if (node, 0) not in self.env:
             stream = self.stream_of(node)
-            assert stream is not None
+            if stream is None or not isinstance(version, int):
+                raise Barrier("scores between two streams cannot be made whole again")
             sources = self._reduced_inputs(node)
             if node in self.chain and not copied:
                 value = self.env[node, version]
@@ -156,7 +180,7 @@ class Rewriter:
     def write(self, node: Node) -> None:
         """Append the node at the newest version of its inputs."""
         self.emit.origin = node
-        carried = [value for value in tensor_inputs(node) if self.stream_of(value) is not None]
+        carried = [value for value in tensor_inputs(node) if any(n in self.streams for n in self.numbers(value))]
         if not any(self.native.get(value, 0) for value in carried):
             self.env[node, 0] = self.copy(node, {})
             return
@@ -165,9 +189,9 @@ class Rewriter:
             return
         newest: dict[int, int] = {}
         for value in carried:
-            number = self.number(value)
-            newest[number] = max(newest.get(number, 0), self.native.get(value, 0))
-        mapping: dict[Any, Any] = {value: self.at(value, newest[self.number(value)]) for value in carried}
+            for number, version in self.versions(value).items():
+                newest[number] = max(newest.get(number, 0), version)
+        mapping: dict[Any, Any] = {value: self.at(value, self.key(value, newest)) for value in carried}
         mapping.update(self.companions.rebased(node, newest))
         if node in self.tracer.pools:
             mapping[node.args[0]] = weighted(self, node, mapping[node.args[0]], newest)
@@ -176,13 +200,13 @@ class Rewriter:
             new = biased_attention(self, node, mapping, bias)
         else:
             if bias is not None:
-                mapping[node.args[0]] = self.emit.call(aten.add.Tensor, mapping[node.args[0]], bias)
+                mapping[node.args[0]] = biased_scores(self, node, mapping[node.args[0]], bias)
             new = self.copy(node, mapping)
-        version = newest.get(self.number(node), 0) if self.tracer.tokens(node) else 0
-        self.env[node, version] = new
-        if version:
-            self.native[node] = version
-            if self._continues_chain(node, version):
+        key = self.key(node, newest)
+        self.env[node, key] = new
+        if key:
+            self.native[node] = key
+            if self._continues_chain(node, key):
                 self.chain.add(node)
 
     def number(self, node: Node) -> int:
@@ -232,7 +256,7 @@ class Rewriter:
             return self.emit.copy(node, lambda n: self.mapped(n, mapping))
         return self.env[node, 0]
 
-    def _continues_chain(self, node: Node, version: int) -> bool:
+    def _continues_chain(self, node: Node, version: Key) -> bool:
         """Whether a node is still the residual stream: an addition to it, or the same values."""
         inputs = self._reduced_inputs(node)
         chained = [value for value in inputs if value in self.chain and self.native[value] == version]
@@ -320,4 +344,5 @@ class Rewriter:
         """A node of tokens, at the version at which it was computed, as ``[B, N, F]``."""
         version, stream, layout = self.native[node], self.stream_of(node), self.layout(node)
         assert stream is not None
+        assert isinstance(version, int)
         return layout.to_canonical(self.emit, self.env[node, version], stream.count(self.emit, version, layout.atom))
