@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from tofu_fx.planning.counts import stream_of, walk
 from tofu_fx.planning.plan import Calibration, Figures, Plan, PlanRow, Spread
 from tofu_fx.report.figure import GREY, INK, LOOKS, new_figure, save_figure
 
@@ -35,18 +36,8 @@ class Step:
 
 
 def follow_tokens(plan: Plan) -> list[Step]:
-    """The token counts at each site, in the order of the rows.
-
-    Rows do not name their stream: those of one graph that start with equally many tokens are taken for one.
-    """
-    left: dict[tuple[int, int], int] = {}
-    steps = []
-    for row in plan.sites:
-        stream = row.graph, row.tokens
-        arriving = left.get(stream, row.tokens)
-        left[stream] = arriving - row.r
-        steps.append(Step(row, arriving, arriving - row.r))
-    return steps
+    """The token counts at each site, in the order of the rows (see ``tofu_fx.planning.counts``)."""
+    return [Step(row, passage.arriving, passage.leaving) for row, passage in walk(plan.sites, lambda row, _: row.r)]
 
 
 def plan_table(plan: Plan) -> Table:
@@ -184,9 +175,9 @@ def _draw_linearity(axes: Any, steps: Sequence[Step], calibration: Calibration |
 
 
 def _draw_tokens(axes: Any, steps: Sequence[Step], calibration: Calibration | None) -> None:
-    streams: dict[tuple[int, int], list[int]] = {}
+    streams: dict[Hashable, list[int]] = {}
     for place, step in enumerate(steps):
-        streams.setdefault((step.row.graph, step.row.tokens), []).append(place)
+        streams.setdefault(stream_of(step.row, place), []).append(place)
     for places in streams.values():
         counts = [steps[places[0]].arriving, *(steps[place].leaving for place in places)]
         edges = [places[0] - 0.5, *places]
