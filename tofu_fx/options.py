@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from numbers import Real
 from typing import Annotated, Any, Literal
@@ -134,9 +135,13 @@ class Options(BaseModel):
     def _real_ratio(cls, value: Any) -> Any:
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < 1:  # a NaN is not, either
+        try:
+            number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+        except OverflowError:  # an int of hundreds of digits
+            number = math.inf
+        if not 0 <= number < 1:  # a NaN is not, either
             raise ValueError("no number in [0, 1)")
-        return float(value)
+        return number
 
     @field_validator("r", mode="before")
     @classmethod

@@ -20,6 +20,7 @@ from tofu_fx.options import Options
 from tofu_fx.planning.batches import Batch
 from tofu_fx.planning.counts import Passage, streams, walk
 from tofu_fx.planning.flops import count_flops
+from tofu_fx.planning.refusals import model_refusals
 from tofu_fx.planning.rehearsal import Choices, Rehearsal, Snapshot
 from tofu_fx.planning.site import Rehearsed, Site
 from tofu_fx.planning.timing import room_for_variants
@@ -129,9 +130,14 @@ class Trial(AbstractContextManager["Trial"]):
             torch._dynamo.reset()
 
     def plain(self, batch: Batch) -> Any:
-        """The outputs of the untouched model."""
+        """The outputs of the untouched model.
+
+        Raises:
+            CalibrationError: the model refuses the batch.
+        """
         self._choices = None
-        return self._run(batch)
+        with model_refusals(self.model, batch):
+            return self._run(batch)
 
     def record(self, batch: Batch) -> Any:
         """The outputs of a run that reduces nothing; later calls of ``reduced`` with this batch start from it."""
