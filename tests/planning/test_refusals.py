@@ -34,7 +34,7 @@ class Picky(nn.Module):
 def test_a_shape_that_the_model_asserts_against_is_its_own_refusal() -> None:
     with pytest.raises(CalibrationError) as caught:
         tofu_fx.calibrate(Picky(), torch.ones(2, 3, 9), **QUICK)
-    for words in ("refuses batch 0", "float32 [2, 3, 9]", "its own error", "AssertionError", "without a message"):
+    for words in ("refuses batch 0", "float32 [2, 3, 9]", "its own error", "AssertionError"):
         assert words in str(caught.value)
 
 

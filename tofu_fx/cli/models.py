@@ -141,7 +141,7 @@ def _processing(name: str) -> Mapping[str, Any]:
 
 def _imported(module: str, factory: str) -> nn.Module:
     where = f"MODEL {module}:{factory}"
-    if not all(part.isidentifier() for part in module.split(".")):
+    if not all(part.isidentifier() for part in module.split(".")) or Path(module).is_file():
         file = "; of a file, the name without .py" if module.endswith(".py") or "/" in module else ""
         raise CommandError(
             f"{where}: {shown(module)} is not the name of a module; expected timm:NAME, hf:NAME, hf-config:NAME or "
