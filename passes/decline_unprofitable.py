@@ -5,9 +5,12 @@ Not asked of a saved plan, which was measured or written by hand, nor where ``pr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tofu_fx.compilation import Compilation
+from tofu_fx.planning.counts import walk
 from tofu_fx.planning.profit import unprofitable
-from tofu_fx.planning.site import Decline
+from tofu_fx.planning.site import Decline, Site
 
 
 def decline_unprofitable(compilation: Compilation) -> None:
@@ -18,13 +21,14 @@ def decline_unprofitable(compilation: Compilation) -> None:
     for stream in {site.stream for site in compilation.reducing}:
         sites = [site for site in compilation.sites if site.matched and site.stream == stream]
         losing = unprofitable(sites, compilation.traced, compilation.gm.graph)
-        count = sites[0].tokens_in
-        for site in sites:
+
+        def again(site: Site, count: int, losing: Sequence[Site] = losing) -> int:
             if site in losing:
                 assert site.reduce_at is not None
                 reason = f"removing {site.r} of {count} tokens would cost more time than it saves"
-                site.decline, site.r = Decline(reason, site.reduce_at), 0
-            else:
-                site.r = min(site.r, site.cap(count))
-            site.tokens_in, site.tokens_out = count, count - site.r
-            count = site.tokens_out
+                site.decline = Decline(reason, site.reduce_at)
+            site.r = 0 if site in losing else min(site.r, site.cap(count))
+            return site.r
+
+        for site, passage in walk(sites, again):
+            site.tokens_in, site.tokens_out = passage.arriving, passage.leaving

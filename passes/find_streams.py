@@ -21,11 +21,11 @@ import torch
 from torch.fx import Node
 
 from tofu_fx.branches import place_branches
-from tofu_fx.choice import FEW_SITES, prefers_branch
+from tofu_fx.choice import prefers_branch
 from tofu_fx.compilation import Compilation
 from tofu_fx.entries import detach_entries
-from tofu_fx.errors import OptionError
 from tofu_fx.graphs import is_op, value_graph
+from tofu_fx.images import check_grids, note_idle_options
 from tofu_fx.options import BranchKind, Options
 from tofu_fx.placement import place_site, sample_places, token_places
 from tofu_fx.planning.plan import Plan
@@ -43,7 +43,18 @@ _WORK = ("linear", "matmul", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_pr
 
 def find_streams(compilation: Compilation) -> None:
     """Set ``placement``, ``reduce_at``, ``lead``, ``tail``, ``stream`` and ``branches`` of each site, and the
-    compilation's axes and barriers."""
+    compilation's axes and barriers.
+
+    Raises:
+        OptionError, PlanError: a grid that contradicts what is known of the tokens.
+    """
+    _find(compilation)
+    matched = [site for site in compilation.sites if site.matched]
+    check_grids(matched, compilation.options)
+    note_idle_options(matched, compilation.options)
+
+
+def _find(compilation: Compilation) -> None:
     sites = [site for site in compilation.sites if site.matched]
     plain, options = compilation.traced, compilation.options
     planned = _planned(options)
@@ -155,7 +166,6 @@ def _follow(compilation: Compilation, plain: AxisTracer) -> set[str]:
     for site in placed:
         _assign_stream(site, tracer)
     spared = _limit_resolutions(placed, compilation.options)
-    _check_grids(placed, compilation.options)
     for site in placed:
         if site.matched and not _has_work(site, tracer, flow):
             assert site.reduce_at is not None
@@ -238,24 +248,6 @@ def _assign_stream(site: Site, tracer: AxisTracer) -> None:
         if isinstance(size, torch.SymInt) and not isinstance(size.node.maybe_as_int(), int):
             site.notes.append(_VARYING)
         int(size)
-
-
-def _check_grids(sites: Sequence[Site], options: Options) -> None:
-    """Say once where no image is found, and refuse a grid that is nobody's."""
-    branches = [site for site in sites if site.matched and site.placement == "branch"]
-    wanted = (1, *options.grid) if options.grid else None
-    if wanted and branches and all(site.grid != wanted for site in branches):
-        found = ", ".join(sorted({str(site.tokens - site.lead - site.tail) for site in branches}))
-        raise OptionError(
-            f"option 'grid': {wanted[1]} x {wanted[2]} is {math.prod(wanted)} tokens, the sites have {found}: give "
-            "height and width of the image in tokens"
-        )
-    without = [site for site in branches if site.grid is None]
-    if len(without) > FEW_SITES:
-        without[0].notes.append(
-            f"no image is found whose places the tokens of {len(without)} sites are, so every other token may stay "
-            "(ratios up to 0.5); if they are an image's, say so with options={'grid': (height, width)}"
-        )
 
 
 def _limit_resolutions(sites: Sequence[Site], options: Options) -> set[str]:

@@ -19,7 +19,7 @@ from torch.fx import Node
 
 from tofu_fx.graphs import is_op, tensor_inputs
 from tofu_fx.patterns import PRODUCTS
-from tofu_fx.placement import descendants, protected, token_places
+from tofu_fx.placement import descendants, image_of, protected, token_places
 from tofu_fx.planning.site import Branch, Decline, Site
 from tofu_fx.tokens import Atom, Axes
 from tofu_fx.tracer import AxisTracer
@@ -61,8 +61,8 @@ def place_branches(
         run = _run_of(branch.enter, tokens, plain)
         site.placement, site.reduce_at, site.tokens, site.kinds = "branch", branch.enter, run.size, tuple(kinds)
         site.lead, site.tail = _outside(run, tokens, plain)
-        free = run.size - site.lead - site.tail
-        site.grid = (1, *grid) if grid and grid[0] * grid[1] == free else _grid_of(tokens, free, plain)
+        site.image = image_of(tokens, site.free, plain)
+        site.grid = (1, *grid) if grid and grid[0] * grid[1] == site.free else site.image
         site.branches = (branch, *_next_branches(add, tokens, run, plain, order, kinds, others))
         if run.size - site.lead - site.tail < 2:
             site.decline = Decline(
@@ -283,14 +283,3 @@ def _outside(run: Atom, tokens: Atom, plain: AxisTracer) -> tuple[int, int]:
             return ahead, run.size - ahead - size
         ahead += size
     raise AssertionError("the tokens are no part of the run")
-
-
-def _grid_of(tokens: Atom, free: int, plain: AxisTracer) -> tuple[int, int, int] | None:
-    """Frames, height and width of the image (or video) whose places the tokens are."""
-    *frames, height, width = (1, *plain.space.factors(tokens))
-    if len(frames) == 0 or tokens.base.size != free:
-        return None
-    count = 1
-    for size in frames:
-        count *= size
-    return count, height, width

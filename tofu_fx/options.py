@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from numbers import Real
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tofu_fx.errors import OptionError
+from tofu_fx.wording import shown
 
 Strategy = Literal["auto", "prune", "mean", "mlerp"]
 Match = Literal["keys", "heads", "queries_keys", "features", "sketch"]
@@ -16,17 +19,54 @@ Placement = Literal["auto", "stream", "branch"]
 BranchKind = Literal["attention", "mlp", "cross"]
 Reuse = Literal["none", "block", "resolution"]
 
+#: the largest side of an image in tokens, and of a cell
+MOST_SIDE = 2**15
+#: the largest of other whole numbers: 32 bits, so that sums and products of a few fit 64
+MOST = 2**31 - 2
+
+#: what each option may be, in the words of its messages
+EXPECTED: dict[str, str] = {
+    "ratio": "a number in [0, 1), Python's or numpy's (of a tensor its .item())",
+    "r": f"an int or a list of ints, none of them negative or above {MOST}",
+    "strategy": "'auto', 'prune', 'mean' or 'mlerp'",
+    "match": "'auto', 'keys', 'heads', 'queries_keys', 'features' or 'sketch'",
+    "placement": "'auto', 'stream' or 'branch'",
+    "branches": "a list of 'attention', and 'mlp' or 'cross' besides",
+    "cell": f"a whole number (an integer) from 2 to {MOST_SIDE}, the side of a cell in tokens",
+    "seed": f"a whole number from 0 to {MOST}",
+    "grid": f"height and width of the image in tokens, as two ints from 1 to {MOST_SIDE}",
+    "max_downsample": "1, 2, 4 or 8",
+    "reuse": "'none', 'block' or 'resolution'",
+    "proportional_attention": "'auto', True or False",
+    "plan": "a tofu_fx.Plan, the path of one, or its dict",
+    "profitable_only": "True or False",
+    "on_error": "'fallback' or 'raise'",
+    "inner_backend": "'inductor', 'aot_eager' or 'eager'",
+    "mode": "the name of an inductor mode",
+    "inductor": "a dict of inductor's options by their names",
+}
+#: options that decide something only where tokens are reduced in branches
+OF_BRANCHES = ("branches", "cell", "seed", "grid", "max_downsample", "reuse")
+#: options that the rows of a plan decide
+OF_PLANS = ("strategy", "match", "placement", "branches", "cell")
+
+
+Side = Annotated[int, Field(ge=1, le=MOST_SIDE)]
+
 
 class Options(BaseModel):
     """Every option, its type and its default. Frozen; unknown keys and wrong types are errors that name the key."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True, allow_inf_nan=False
+    )
 
-    ratio: float | None = Field(default=None, ge=0, lt=1)
+    ratio: float | None = None
     """Share of the tokens gone by the last layer, in [0, 1). Default 0.5 (for a ViT of 197 tokens and 12 layers about
-    the paper's r = 8). Spread evenly over the layers."""
+    the paper's r = 8). Spread evenly over the layers. Any real number (``numbers.Real``), Python's or
+    numpy's; a bool, a text or a tensor is none."""
 
-    r: int | tuple[int, ...] | None = None
+    r: Annotated[int, Field(ge=0, le=MOST)] | tuple[Annotated[int, Field(ge=0, le=MOST)], ...] | None = None
     """Tokens removed per layer, the paper's notation: one int for all attention sites, or one for each."""
 
     strategy: Strategy = "auto"
@@ -49,15 +89,17 @@ class Options(BaseModel):
     """With placement "branch": which branches of a block run on fewer tokens; "attention", and "mlp" or "cross" (the
     queries of cross-attention) besides."""
 
-    cell: int = Field(default=2, ge=2)
+    cell: int = Field(default=2, ge=2, le=MOST_SIDE)
     """With placement "branch", where the tokens are an image's: one token stays in each cell of ``cell`` x ``cell``, so
     that ratios up to 1 - 1 / cell^2 are possible."""
 
-    seed: int | None = Field(default=None, ge=0)
+    seed: int | None = Field(default=None, ge=0, le=MOST)
     """Which token of a cell stays: its first one (None), or one picked by the seed, the same on every run."""
 
-    grid: tuple[int, int] | None = None
-    """Height and width of the image's tokens, for models that get their tokens already flattened (Flux)."""
+    grid: tuple[Side, Side] | None = None
+    """With placement "branch": height and width of the image's tokens, for models that get their tokens already
+    flattened (Flux). It must agree with what the graph shows of the image; where the graph shows nothing of it, only
+    the number of tokens can be checked, and that is said."""
 
     max_downsample: Literal[1, 2, 4, 8] | None = None
     """With placement "branch": sites whose image is more than so many times smaller (each side) than the largest that
@@ -70,7 +112,8 @@ class Options(BaseModel):
     """Add log(size) to the logits of keys that stand for several tokens. "auto" does wherever sizes exist."""
 
     plan: Any = None
-    """A :class:`tofu_fx.Plan`, or the path of one; then ``ratio``, ``r``, ``strategy`` and ``match`` come from it."""
+    """A :class:`tofu_fx.Plan`, or the path of one; then ``ratio``, ``r``, ``strategy``, ``match``, ``placement``,
+    ``branches`` and ``cell`` come from it."""
 
     profitable_only: bool = True
     """Decline sites whose reduction would cost more time than it saves, by a coarse cost model. Not asked of a plan."""
@@ -89,8 +132,16 @@ class Options(BaseModel):
 
     @field_validator("ratio", mode="before")
     @classmethod
-    def _whole_ratio(cls, value: Any) -> Any:
-        return float(value) if type(value) is int else value
+    def _real_ratio(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        try:
+            number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+        except OverflowError:  # an int of hundreds of digits
+            number = math.inf
+        if not 0 <= number < 1:  # a NaN is not, either
+            raise ValueError("no number in [0, 1)")
+        return number
 
     @field_validator("r", mode="before")
     @classmethod
@@ -107,19 +158,25 @@ class Options(BaseModel):
         given = [key for key in ("ratio", "r", "plan") if getattr(self, key) is not None]
         if len(given) > 1:
             raise ValueError(f"give one of {' and '.join(given)}, not both: each decides how many tokens go")
-        for key in ("strategy", "match"):
-            if self.plan is not None and getattr(self, key) != "auto":
-                raise ValueError(f"{key!r} comes from the plan's rows; leave it out or edit the plan")
-        counts = self.r if isinstance(self.r, tuple) else (self.r or 0,)
-        if any(count < 0 for count in counts):
-            raise ValueError(f"'r' must not be negative, got {self.r}")
-        if self.grid is not None and min(self.grid) < 1:
-            raise ValueError(f"'grid' must be height and width of the image in tokens, got {self.grid}")
+        for key in OF_PLANS:
+            if self.plan is not None and key in self.chosen:
+                raise ValueError(f"option {key!r} comes from the plan's rows; leave it out or edit the plan")
+        for key in OF_BRANCHES:
+            if self.placement == "stream" and key in self.chosen:
+                raise ValueError(
+                    f"option {key!r} does nothing with placement 'stream': it is of the branches of each block; leave "
+                    "it out, or take placement 'branch'"
+                )
         if "attention" not in self.branches:
             raise ValueError("'branches' must have 'attention': the others use its match")
         if self.inner_backend != "inductor" and (self.inductor or self.mode):
             raise ValueError(f"'mode' and 'inductor' need inner_backend 'inductor', not {self.inner_backend!r}")
         return self
+
+    @property
+    def chosen(self) -> set[str]:
+        """The options that were given, and not as what they are by default."""
+        return {key for key in self.model_fields_set if getattr(self, key) != type(self).model_fields[key].default}
 
     @classmethod
     def parse(cls, options: Options | Mapping[str, Any] | None, mode: str | None = None) -> Options:
@@ -130,15 +187,20 @@ class Options(BaseModel):
         """
         if isinstance(options, Options):
             return options
+        if not isinstance(options, Mapping | None):
+            raise OptionError(f"options: expected a dict of options by their names, got {shown(options)}")
         values = dict(options or {})
         if mode is not None:
             if values.get("mode") not in (None, mode):
-                raise OptionError(f"mode={mode!r} and options['mode']={values['mode']!r} disagree; give one")
+                raise OptionError(f"mode={shown(mode)} and options['mode']={shown(values['mode'])} disagree; give one")
             values["mode"] = mode
+        wrong = [_unknown(key) for key in values if key not in cls.model_fields]
         try:
-            parsed = cls(**values)
+            parsed = cls.model_validate({key: value for key, value in values.items() if key in cls.model_fields})
         except ValidationError as error:
-            raise OptionError("; ".join(dict.fromkeys(_explain(e) for e in error.errors()))) from None
+            wrong += [_explain(e) for e in error.errors()]
+        if wrong:
+            raise OptionError("; ".join(dict.fromkeys(wrong)))
         if parsed.mode is not None:
             _check_mode(parsed.mode)
         return parsed
@@ -153,23 +215,17 @@ class Options(BaseModel):
         return self.ratio != 0
 
 
+def _unknown(key: Any) -> str:
+    close = difflib.get_close_matches(key, Options.model_fields, n=1) if isinstance(key, str) and len(key) < 99 else ()
+    meant = f"did you mean {close[0]!r}? " if close else ""
+    return f"unknown option {shown(key)}; {meant}known: {', '.join(Options.model_fields)}"
+
+
 def _explain(error: Any) -> str:
-    key = str(error["loc"][0]) if error["loc"] else ""
-    if error["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(key, Options.model_fields, n=1)
-        meant = f"did you mean {close[0]!r}? " if close else ""
-        return f"unknown option {key!r}; {meant}known: {', '.join(Options.model_fields)}"
-    if not key:
+    if not error["loc"]:
         return str(error["msg"]).removeprefix("Value error, ")
-    expected = {
-        "ratio": "a number in [0, 1)",
-        "r": "an int or a list of ints, not negative",
-        "proportional_attention": "'auto', True or False",
-        "match": "'auto', 'keys', 'heads', 'queries_keys', 'features' or 'sketch'",
-        "inductor": "a dict of inductor's options",
-        "mode": "the name of an inductor mode",
-    }.get(key, str(error["msg"]))
-    return f"option {key!r}: expected {expected}, got {error['input']!r}"
+    key = str(error["loc"][0])
+    return f"option {key!r}: expected {EXPECTED[key]}, got {shown(error['input'])}"
 
 
 def _check_mode(mode: str) -> None:
@@ -177,4 +233,4 @@ def _check_mode(mode: str) -> None:
 
     known = ["default", *list_mode_options()]
     if mode not in known:
-        raise OptionError(f"option 'mode': expected one of {', '.join(dict.fromkeys(known))}, got {mode!r}")
+        raise OptionError(f"option 'mode': expected one of {', '.join(dict.fromkeys(known))}, got {shown(mode)}")

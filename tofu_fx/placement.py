@@ -32,6 +32,7 @@ def place_site(site: Site, plain: AxisTracer, order: dict[Node, int]) -> None:
             if len(token_places(plain, node, keys)) == 1:
                 site.reduce_at = node
                 site.lead, site.tail = protected(keys, plain)
+                site.image = image_of(keys, site.free, plain)
                 if site.tokens - site.lead - site.tail < 2:
                     site.decline = Decline(
                         f"too few tokens: {site.tokens}, of which {site.lead + site.tail} are protected", node
@@ -120,6 +121,14 @@ def _joins_residual(node: Node, reached: set[Node], query: Node, plain: AxisTrac
                 seen.add(value)
                 todo.append(value)
     return False
+
+
+def image_of(tokens: Atom, free: int, plain: AxisTracer) -> tuple[int, int, int] | None:
+    """Frames, height and width of the image (or video) whose places the tokens are."""
+    *frames, height, width = (1, *plain.space.factors(tokens))
+    if len(frames) == 0 or tokens.base.size != free:
+        return None
+    return math.prod(frames), height, width
 
 
 def protected(tokens: Atom, plain: AxisTracer) -> tuple[int, int]:

@@ -117,8 +117,9 @@ def test_tokens_of_no_image_are_reduced_by_half_at_most_and_it_is_said_once() ->
     assert f"{DEPTH} sites" in notes[0]
     assert "'grid': (height, width)" in notes[0]
     assert len([message for message in messages if "capped at 18" in message]) == DEPTH
-    _, silent = told(randomise(Ready()), TOKENS, **branch(0.75, grid=(SIDE, SIDE)))
-    assert silent == []
+    _, said = told(randomise(Ready()), TOKENS, **branch(0.75, grid=(SIDE, SIDE)))
+    assert len(said) == 1
+    assert "6 x 6 could not be checked" in said[0]
 
 
 def test_a_linear_attention_only_model_is_left_alone_whatever_the_options() -> None:

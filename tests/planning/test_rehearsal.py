@@ -95,7 +95,7 @@ def test_cost_of_any_counts_is_that_of_the_graph(name: str) -> None:
         cost = CostModel.of(rehearsal)
         kinds = (("keys", 6), ("keys", 0), ("queries_keys", 9))
         choices = {s.id: Choice("mlerp", match, r) for s, (match, r) in zip(trial.sites, kinds, strict=True)}
-        counts, plan = rehearsal.counts(choices), Plan(sites=rows_of(trial, choices))
+        counts, plan = [passage.leaving for passage in rehearsal.passages(choices)], Plan(sites=rows_of(trial, choices))
         arriving = (trial.sites[0].tokens, counts[1])
         fuse = (cost.reduction(0, "keys", arriving[0]), cost.reduction(2, "queries_keys", arriving[1]))
     explained = tofu_fx.explain(model, x, options={"plan": plan})

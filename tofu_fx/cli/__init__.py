@@ -12,11 +12,12 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from importlib import metadata
-from typing import Any
+from typing import Any, NoReturn
 
 from tofu_fx.cli import bench, calibrate, demo, explain, plan
 from tofu_fx.cli.command import Command, add_debug
 from tofu_fx.errors import TofuWarning
+from tofu_fx.wording import printable, shortened
 
 __all__ = ["COMMANDS", "Command", "build_parser", "main"]
 
@@ -40,9 +41,24 @@ exit codes:
 """
 
 
+#: characters of an error, at most: those of other libraries may hold a whole file
+LONGEST = 2000
+
+
+class _Parser(argparse.ArgumentParser):
+    """Shows what was given without obeying it: arguments often come from a script or a file name."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(_line(message))
+
+
+def _line(text: str) -> str:
+    return printable(shortened(" ".join(text.split()), LONGEST))
+
+
 def build_parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
     """The parser of the whole command line."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="tofu-fx",
         description="Token reduction for transformers in torch.compile graphs.",
         epilog=EPILOG,
@@ -88,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             # Dynamo wraps what a backend raises in an advice for those who write backends.
             cause = getattr(error, "inner_exception", None) or error
-            text = " ".join(str(cause).split()) or type(cause).__name__
+            text = _line(str(cause)) or type(cause).__name__
             print(f"tofu-fx: error: {text} (--debug shows where)", file=sys.stderr)
         return 1
 
@@ -96,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
     """Our own warnings as one line without the place in our source; those of others as Python shows them."""
     if issubclass(category, TofuWarning):
-        print(f"tofu-fx: warning: {str(message).removeprefix('tofu_fx: ')}", file=sys.stderr)
+        print(f"tofu-fx: warning: {_line(str(message).removeprefix('tofu_fx: '))}", file=sys.stderr)
     else:
         filename, lineno = rest[0], rest[1]
-        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
+        sys.stderr.write(printable(warnings.formatwarning(message, category, filename, lineno)))

@@ -81,15 +81,16 @@ def _sweep(args: argparse.Namespace, console: Any) -> None:
     loaded = models.load_model(args)
     found = inputs.read_inputs(args, loaded)
     inputs.warn_of_chance(args, loaded)
-    result = tofu_fx.sweep(
-        loaded.model,
-        found,
-        flops=args.flops or BUDGETS,
-        inner_backend=args.inner_backend,
-        seed=args.seed,
-        batch_size=args.batch,
-        progress=not args.quiet,
-    )
+    with inputs.named_refusals(args):
+        result = tofu_fx.sweep(
+            loaded.model,
+            found,
+            flops=args.flops or BUDGETS,
+            inner_backend=args.inner_backend,
+            seed=args.seed,
+            batch_size=args.batch,
+            progress=not args.quiet,
+        )
     console.print(result.table())
     if args.csv is not None:
         result.save_csv(args.csv)
@@ -103,6 +104,7 @@ def _bench(args: argparse.Namespace) -> Table:
     from tofu_fx import Plan
     from tofu_fx.planning.batches import read_batches
     from tofu_fx.planning.progress import Progress
+    from tofu_fx.planning.refusals import model_refusals
 
     options: dict[str, dict[str, Any]] = {str(path): {"plan": Plan.load(path)} for path in args.plan}
     for ratio in args.ratio or ([] if args.plan else [0.5]):
@@ -112,7 +114,8 @@ def _bench(args: argparse.Namespace) -> Table:
     batch = read_batches(inputs.read_inputs(args, loaded), args.batch)[0]
     if batch.samples < args.batch:
         note(f"the batch has {batch.samples} samples only")
-    with torch.no_grad(), Progress(not args.quiet) as bar:
+    refusals = inputs.named_refusals(args), model_refusals(loaded.model, batch)
+    with torch.no_grad(), Progress(not args.quiet) as bar, refusals[0], refusals[1]:
         return _time(args, loaded, batch, options, bar)
 
 

@@ -68,20 +68,21 @@ def _run(args: argparse.Namespace) -> None:
     loaded = models.load_model(args)
     found = inputs.read_inputs(args, loaded)
     inputs.warn_of_chance(args, loaded)
-    plan = tofu_fx.calibrate(
-        loaded.model,
-        found,
-        speedup=args.speedup,
-        flops=args.flops,
-        error=args.error,
-        metric=args.metric,
-        policy=args.policy,
-        seed=args.seed,
-        batch_size=args.batch,
-        inner_backend=args.inner_backend,
-        options={"placement": args.placement},
-        progress=not args.quiet,
-    )
+    with inputs.named_refusals(args):
+        plan = tofu_fx.calibrate(
+            loaded.model,
+            found,
+            speedup=args.speedup,
+            flops=args.flops,
+            error=args.error,
+            metric=args.metric,
+            policy=args.policy,
+            seed=args.seed,
+            batch_size=args.batch,
+            inner_backend=args.inner_backend,
+            options={"placement": args.placement},
+            progress=not args.quiet,
+        )
     plan.save(args.output)
     if not args.quiet:
         Console().print(plan.table())

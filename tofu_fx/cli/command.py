@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tofu_fx.errors import TofuError
+from tofu_fx.wording import printable, shown
 
 
 class CommandError(TofuError):
@@ -63,16 +64,18 @@ def above_zero(text: str) -> float:
 
 def positive(text: str) -> int:
     """An argument that is a whole number from 1 on."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
+    if not _is_count(text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive whole number of at most 9 digits, got {shown(text)}")
     return int(text)
 
 
 def counts(text: str) -> int | list[int]:
     """An argument that is tokens per layer: one whole number, or several with commas between."""
     parts = text.split(",")
-    if not all(part.isdecimal() for part in parts):
-        raise argparse.ArgumentTypeError(f"expected a whole number, such as 8, or one a layer, as 8,8,4; got {text!r}")
+    if not all(map(_is_count, parts)):
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number, such as 8, or one a layer, as 8,8,4; got {shown(text)}"
+        )
     return int(text) if len(parts) == 1 else [int(part) for part in parts]
 
 
@@ -84,7 +87,11 @@ def require_folder(path: Path | None, option: str) -> None:
 
 def note(text: str) -> None:
     """Say something beside the results, on stderr."""
-    print(f"tofu-fx: {text}", file=sys.stderr)
+    print(printable(f"tofu-fx: {text}"), file=sys.stderr)
+
+
+def _is_count(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= 9
 
 
 def _number(text: str, accepts: Callable[[float], bool], expected: str) -> float:
@@ -93,5 +100,5 @@ def _number(text: str, accepts: Callable[[float], bool], expected: str) -> float
     except ValueError:
         value = float("nan")
     if not accepts(value):
-        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {shown(text)}")
     return value

@@ -39,6 +39,8 @@ def _run(args: argparse.Namespace) -> None:
 
     import tofu_fx
     from tofu_fx.options import Options
+    from tofu_fx.planning.batches import as_batch
+    from tofu_fx.planning.refusals import model_refusals
 
     keys = ("plan", "ratio", "r", "strategy", "match", "placement")
     given: dict[str, Any] = {key: getattr(args, key) for key in keys}
@@ -48,7 +50,7 @@ def _run(args: argparse.Namespace) -> None:
     options = Options.parse({key: value for key, value in given.items() if value is not None})
     loaded = models.load_model(args)
     found = inputs.read_inputs(args, loaded)
-    with torch.no_grad():
+    with torch.no_grad(), inputs.named_refusals(args), model_refusals(loaded.model, as_batch(found)):
         if isinstance(found, dict):
             explanation = tofu_fx.explain(loaded.model, options=options, **found)
         else:

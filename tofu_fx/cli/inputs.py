@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import argparse
 import io
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tofu_fx.cli.arrays import Arrays
 from tofu_fx.cli.command import CommandError, note, positive
 from tofu_fx.cli.forms import ImageForm, Loaded, TokenForm, find_form
 from tofu_fx.demo.extra import need
+from tofu_fx.wording import refusal_of, shortened, shown
 
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 SOURCES = """\
@@ -26,6 +30,8 @@ SOURCES = """\
 """
 FORMS = "uint8 [N, H, W, C], float [N, C, H, W], `jpeg` with `offset`, or integer `input_ids` [N, length]"
 USER = "--inputs"
+#: pixels of the longer side of a picture whose shorter side is the model's
+MOST_PIXELS = 100_000
 
 
 def add_input_arguments(parser: argparse.ArgumentParser, samples: int) -> None:
@@ -50,14 +56,28 @@ def read_inputs(args: argparse.Namespace, loaded: Loaded) -> Tensor | dict[str, 
         found = _random(form, args.samples, generator)
     elif args.inputs.is_dir():
         found = _folder(args.inputs, _image_form(form, args.inputs), args.samples, generator)
-    elif args.inputs.is_file():
-        found = _npz(args.inputs, form, args.samples, generator)
     else:
-        raise CommandError(f"--inputs {args.inputs}: no such folder or file; expected a folder of pictures or an .npz")
+        refused = refusal_of(args.inputs)
+        if refused:
+            refused = "no such folder or file" if not args.inputs.exists() else refused
+            raise CommandError(f"--inputs {args.inputs}: {refused}; expected a folder of pictures or an .npz")
+        found = _npz(args.inputs, form, args.samples, generator)
     if len(found) < args.samples:
         note(f"--inputs {args.inputs}: {len(found)} samples are all there are")
     found = found.to(loaded.device, loaded.dtype if found.is_floating_point() else None)
     return {loaded.keyword: found} if loaded.keyword else found
+
+
+@contextmanager
+def named_refusals(args: argparse.Namespace) -> Iterator[None]:
+    """Within it, the refusal of inputs by the model says where they come from."""
+    from tofu_fx.planning.refusals import RefusedInput
+
+    try:
+        yield
+    except RefusedInput as error:
+        where = "random inputs (no --inputs)" if args.inputs is None else f"--inputs {args.inputs}"
+        raise CommandError(f"{where}: {error}") from error
 
 
 def warn_of_chance(args: argparse.Namespace, loaded: Loaded) -> None:
@@ -96,7 +116,7 @@ def _image_form(form: ImageForm | TokenForm, path: Path) -> ImageForm:
 
 
 def _folder(folder: Path, form: ImageForm, samples: int, generator: torch.Generator) -> Tensor:
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES and not path.is_dir())
     if not paths:
         raise CommandError(f"--inputs {folder}: no pictures in it; expected files that end in {', '.join(PICTURES)}")
     chosen = [paths[place] for place in _chosen(folder, len(paths), samples, generator)]
@@ -104,52 +124,68 @@ def _folder(folder: Path, form: ImageForm, samples: int, generator: torch.Genera
 
 
 def _npz(path: Path, form: ImageForm | TokenForm, samples: int, generator: torch.Generator) -> Tensor:
-    numpy = need("numpy", user=USER)
-    try:
-        with numpy.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except Exception as error:  # not a zip file, a damaged one, objects instead of numbers
-        raise CommandError(
-            f"--inputs {path}: not an .npz file of numbers ({error}); expected one, or a folder"
-        ) from error
-    if not arrays:
+    arrays = Arrays(path)
+    if not arrays.names:
         raise CommandError(f"--inputs {path}: no array in it; expected {FORMS}")
     if isinstance(form, TokenForm):
         return _ids(path, arrays, form, samples, generator)
-    if "jpeg" in arrays and "offset" in arrays:
-        data, offset = arrays["jpeg"].tobytes(), arrays["offset"].tolist()
-        chosen = _chosen(path, len(offset) - 1, samples, generator)
-        files = [io.BytesIO(data[offset[place] : offset[place + 1]]) for place in chosen]
-        return _pictures(files, [f"{path}, picture {place}" for place in chosen], form)
-    name = "images" if "images" in arrays else next(iter(arrays))
-    array = arrays[name]
-    chosen = _chosen(path, len(array), samples, generator) if array.ndim else []
-    if array.dtype == numpy.uint8 and (array.ndim == 3 or (array.ndim == 4 and array.shape[-1] in (1, 3, 4))):
-        image = need("PIL.Image", "pillow", user=USER)
-        files = [
-            image.fromarray(array[place].squeeze(-1) if array.shape[-1] == 1 else array[place]) for place in chosen
-        ]
-        return _pictures(files, [f"{path}, picture {place}" for place in chosen], form)
-    expected = (form.channels, *form.size)
-    if array.dtype.kind == "f" and array.shape[1:] == expected:
-        return torch.from_numpy(array[chosen]).float()
-    shape = ", ".join(map(str, expected))
-    raise CommandError(
-        f"--inputs {path}: its array {name!r} is {array.dtype} {list(array.shape)}; expected uint8 [N, H, W, C], float "
-        f"[N, {shape}] as the model wants it, or `jpeg` and `offset`"
-    )
-
-
-def _ids(path: Path, arrays: dict[str, Any], form: TokenForm, samples: int, generator: torch.Generator) -> Tensor:
-    name = "input_ids" if "input_ids" in arrays else next(iter(arrays))
-    array = arrays[name]
-    if array.ndim != 2 or array.dtype.kind not in "iu":
+    if "jpeg" in arrays.names and "offset" in arrays.names:
+        return _jpegs(path, arrays["jpeg"], arrays["offset"], form, samples, generator)
+    name = "images" if "images" in arrays.names else arrays.names[0]
+    dtype, sizes = arrays.forms[name]
+    channels = (form.channels, *form.size)
+    pictures = dtype == "uint8" and (len(sizes) == 3 or (len(sizes) == 4 and sizes[-1] in (1, 3, 4)))
+    if not pictures and not (dtype.kind == "f" and sizes[1:] == channels):
+        shape = ", ".join(map(str, channels))
         raise CommandError(
-            f"--inputs {path}: its array {name!r} is {array.dtype} {list(array.shape)}; the model takes token ids: "
+            f"--inputs {path}: its array {shown(name)} is {dtype} {list(sizes)}; expected uint8 [N, H, W, C], float "
+            f"[N, {shape}] as the model wants it, or `jpeg` and `offset`"
+        )
+    chosen = _chosen(path, sizes[0], samples, generator)
+    if 0 in sizes:
+        raise CommandError(f"--inputs {path}: the pictures of its array {shown(name)} {list(sizes)} have no pixel")
+    array = arrays[name]
+    if not pictures:
+        return torch.from_numpy(array[chosen]).float()
+    image = need("PIL.Image", "pillow", user=USER)
+    grey = array.ndim == 4 and array.shape[-1] == 1
+    files = [image.fromarray(array[place].squeeze(-1) if grey else array[place]) for place in chosen]
+    return _pictures(files, [f"{path}, picture {place}" for place in chosen], form)
+
+
+def _jpegs(path: Path, data: Any, offset: Any, form: ImageForm, samples: int, generator: torch.Generator) -> Tensor:
+    """The pictures whose files stand one after another in ``data``, each from its ``offset`` to the next."""
+    starts = offset.tolist() if offset.ndim == 1 and offset.dtype.kind in "iu" else []
+    ordered = all(a <= b for a, b in itertools.pairwise(starts))
+    if (
+        data.ndim != 1
+        or data.dtype != "uint8"
+        or not starts
+        or not ordered
+        or not 0 <= starts[0] <= starts[-1] <= len(data)
+    ):
+        raise CommandError(
+            f"--inputs {path}: `jpeg` is {data.dtype} {list(data.shape)} and `offset` {offset.dtype} "
+            f"{list(offset.shape)}; expected uint8 [bytes], and rising integers [N + 1] from 0 to the number of bytes"
+        )
+    chosen = _chosen(path, len(starts) - 1, samples, generator)
+    files = [io.BytesIO(data[starts[place] : starts[place + 1]].tobytes()) for place in chosen]
+    return _pictures(files, [f"{path}, picture {place}" for place in chosen], form)
+
+
+def _ids(path: Path, arrays: Arrays, form: TokenForm, samples: int, generator: torch.Generator) -> Tensor:
+    name = "input_ids" if "input_ids" in arrays.names else arrays.names[0]
+    dtype, sizes = arrays.forms[name]
+    if len(sizes) != 2 or dtype.kind not in "iu" or (sizes[0] and not sizes[1]):
+        raise CommandError(
+            f"--inputs {path}: its array {shown(name)} is {dtype} {list(sizes)}; the model takes token ids: "
             "expected integers `input_ids` [N, length]"
         )
+    array = arrays[name]
     if array.size and not 0 <= int(array.min()) <= int(array.max()) < form.vocabulary:
-        raise CommandError(f"--inputs {path}: {name!r} holds ids outside 0 to {form.vocabulary - 1}, the vocabulary")
+        raise CommandError(
+            f"--inputs {path}: {shown(name)} holds ids outside 0 to {form.vocabulary - 1}, the vocabulary"
+        )
     return torch.from_numpy(array[_chosen(path, len(array), samples, generator)].astype("int64"))
 
 
@@ -160,12 +196,26 @@ def _pictures(files: Sequence[Any], names: Sequence[str], form: ImageForm) -> Te
     image = need("PIL.Image", "pillow", user=USER)
     tensors = []
     for file, name in zip(files, names, strict=True):
+        refused = refusal_of(file) if isinstance(file, Path) else ""
+        if refused:
+            raise CommandError(f"--inputs: {name} cannot be read as a picture: {refused}")
         try:
             picture = file if isinstance(file, image.Image) else image.open(file)
+            _check_sides(picture, form)
             tensors.append(_prepare(picture.convert("L" if form.channels == 1 else "RGB"), form, image.Resampling))
-        except OSError as error:
-            raise CommandError(f"--inputs: {name} cannot be read as a picture: {error}") from error
+        except Exception as error:  # pillow's decoders raise what comes: OSError, SyntaxError, struct.error, ...
+            said = shortened(" ".join(str(error).split()), 300)
+            raise CommandError(f"--inputs: {name} cannot be read as a picture: {said}") from error
     return torch.stack(tensors)
+
+
+def _check_sides(picture: Any, form: ImageForm) -> None:
+    """Raise ValueError for a picture of no pixels, or one so elongated that resizing it would fill the memory."""
+    short, long = sorted(picture.size)
+    if not short:
+        raise ValueError(f"it is {picture.width} x {picture.height} pixels: there are none")
+    if max(form.size) * long / short > MOST_PIXELS:
+        raise ValueError(f"it is {picture.width} x {picture.height} pixels, far too elongated for this model")
 
 
 def _prepare(picture: Any, form: ImageForm, resampling: Any) -> Tensor:

@@ -16,6 +16,7 @@ from torch import nn
 from tofu_fx.cli.command import CommandError, positive
 from tofu_fx.cli.forms import Loaded
 from tofu_fx.demo.extra import need
+from tofu_fx.wording import refusal_of, shortened, shown
 
 SOURCES = """\
 a MODEL is one of:
@@ -55,7 +56,7 @@ def load_model(args: argparse.Namespace) -> Loaded:
     source, colon, name = args.model.partition(":")
     if not colon or not name:
         raise CommandError(
-            f"MODEL {args.model!r}: expected timm:NAME, hf:NAME, hf-config:NAME or MODULE:FUNCTION"
+            f"MODEL {shown(args.model)}: expected timm:NAME, hf:NAME, hf-config:NAME or MODULE:FUNCTION"
             + (f"; did you mean timm:{args.model}?" if not colon else "")
         )
     device = _device(args.device)
@@ -121,10 +122,10 @@ def _from_hub(name: str, make: Callable[[Any], nn.Module]) -> nn.Module:
     transformers = need("transformers", user=USER)
     try:
         return make(transformers)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of a configuration that means nothing transformers raises what comes
         raise CommandError(
             f"MODEL {name} cannot be loaded: expected the name of a model on the Hugging Face hub, or a folder with "
-            f"its config.json and weights: {error}"
+            f"its config.json and weights: {_said(error)}"
         ) from error
 
 
@@ -133,37 +134,55 @@ def _processing(name: str) -> Mapping[str, Any]:
     transformers = need("transformers", user=USER)
     try:
         found: Mapping[str, Any] = transformers.ImageProcessingMixin.get_image_processor_dict(name)[0]
-    except (OSError, ValueError):
+    except Exception:  # none there, or one that means nothing: the model's own numbers are taken
         return {}
-    return found
+    return found if isinstance(found, Mapping) else {}
 
 
 def _imported(module: str, factory: str) -> nn.Module:
+    where = f"MODEL {module}:{factory}"
+    if not all(part.isidentifier() for part in module.split(".")) or Path(module).is_file():
+        file = "; of a file, the name without .py" if module.endswith(".py") or "/" in module else ""
+        raise CommandError(
+            f"{where}: {shown(module)} is not the name of a module; expected timm:NAME, hf:NAME, hf-config:NAME or "
+            f"MODULE:FUNCTION, as mymodels:build{file}"
+        )
     folder = str(Path.cwd())
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    where = f"MODEL {module}:{factory}"
     try:
         imported = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is not None and not f"{module}.".startswith(f"{error.name}."):
-            raise  # the module is there, and imports one that is not
+            # the module is there, and imports one that is not
+            raise CommandError(f"{where}: importing {module} fails: {_said(error)}") from error
         raise CommandError(
             f"{where}: no module {error.name!r} here or among what is installed; expected timm:NAME, hf:NAME, "
             "hf-config:NAME, or the MODULE:FUNCTION of a file in the current folder"
         ) from error
+    except (Exception, SystemExit) as error:  # whatever the user's module does when it is imported
+        raise CommandError(f"{where}: importing {module} fails: {_said(error)}") from error
     make = getattr(imported, factory, None)
     if not callable(make):
-        raise CommandError(f"{where}: {module} has no function {factory!r} (it is looked for in {imported.__file__})")
-    model = make()
+        file = getattr(imported, "__file__", None) or "a module without a file"
+        raise CommandError(f"{where}: {module} has no function {factory!r} (it is looked for in {file})")
+    try:
+        model = make()
+    except (Exception, SystemExit) as error:  # whatever the user's function does
+        raise CommandError(f"{where}: calling {factory}() without arguments fails: {_said(error)}") from error
     if not isinstance(model, nn.Module):
         raise CommandError(f"{where}: expected that {factory}() returns a torch.nn.Module, got {type(model).__name__}")
     return model
 
 
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {shortened(' '.join(str(error).split()), 300)}"
+
+
 def _load_weights(model: nn.Module, path: Path) -> None:
-    if not path.is_file():
-        raise CommandError(f"--weights {path}: no such file; expected a .safetensors file")
+    refused = refusal_of(path)
+    if refused:
+        raise CommandError(f"--weights {path}: {refused}; expected a .safetensors file")
     load_file = need("safetensors.torch", user="--weights").load_file
     try:
         weights = load_file(str(path))

@@ -21,10 +21,11 @@ _LABELS = ("label", "labels", "target", "targets")
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """The arguments of one call of the model."""
+    """The arguments of one call of the model; ``number`` is that of the user's batch (or item) that it is of."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
+    number: int = 0
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -51,7 +52,7 @@ class Batch:
             return value[start : start + size] if along else value
 
         return [
-            Batch(tuple(part(v, at) for v in self.args), {k: part(v, at) for k, v in self.kwargs.items()})
+            Batch(tuple(part(v, at) for v in self.args), {k: part(v, at) for k, v in self.kwargs.items()}, self.number)
             for at in range(0, count, size)
         ]
 
@@ -90,6 +91,11 @@ def read_batches(inputs: Any, batch_size: int, model: Any = None) -> list[Batch]
     return batches
 
 
+def as_batch(inputs: Tensor | Mapping[str, Any]) -> Batch:
+    """One call's arguments: a tensor, or keyword arguments."""
+    return Batch((), dict(inputs)) if isinstance(inputs, Mapping) else Batch((inputs,))
+
+
 def device_of(model: Any, batches: Sequence[Batch] = ()) -> torch.device:
     """Where a model computes: the device of its first parameter, else of its first input."""
     tensors = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
@@ -99,14 +105,14 @@ def device_of(model: Any, batches: Sequence[Batch] = ()) -> torch.device:
 
 def _read(item: Any, number: int, unlabelled: bool, parameters: Sequence[inspect.Parameter] | None) -> Batch:
     if isinstance(item, Tensor):
-        batch = Batch((item,))
+        batch = Batch((item,), number=number)
     elif isinstance(item, Mapping):
-        batch = Batch((), {key: value for key, value in item.items() if unlabelled or key not in _LABELS})
+        batch = Batch((), {key: value for key, value in item.items() if unlabelled or key not in _LABELS}, number)
     elif isinstance(item, (list, tuple)):
         args = tuple(item)
         while not unlabelled and len(args) > 1 and _is_label(args, parameters, number):
             args = args[:-1]
-        batch = Batch(args)
+        batch = Batch(args, number=number)
     else:
         raise CalibrationError(f"inputs: batch {number} is a {type(item).__name__}; expected {_FORMS}")
     nested = [value for value in (*batch.args, *batch.kwargs.values()) if isinstance(value, (list, tuple))]
@@ -161,4 +167,4 @@ def _moved(batch: Batch, device: torch.device | None) -> Batch:
     def move(value: Any) -> Any:
         return value.to(device) if isinstance(value, Tensor) and device is not None else value
 
-    return Batch(tuple(map(move, batch.args)), {key: move(value) for key, value in batch.kwargs.items()})
+    return Batch(tuple(map(move, batch.args)), {key: move(value) for key, value in batch.kwargs.items()}, batch.number)

@@ -17,7 +17,7 @@ from tofu_fx.backend import refuse_pipeline
 from tofu_fx.errors import CalibrationError, TofuWarning
 from tofu_fx.options import Options
 from tofu_fx.planning.batches import device_of, read_batches
-from tofu_fx.planning.deciding import ATTEMPTS, PASSES, Decider, Decision, Policy
+from tofu_fx.planning.deciding import ATTEMPTS, PASSES, Decider, Decision, Policy, finite
 from tofu_fx.planning.linearity import STEPS
 from tofu_fx.planning.plan import Calibration, Plan, PlanRow
 from tofu_fx.planning.progress import Progress
@@ -185,7 +185,7 @@ def _rows(decider: Decider, decision: Decision) -> list[PlanRow]:
         measured = {
             "linearity": between,
             "pair_linearity": pairs,
-            "error": survey.metric.error(shares[row.id]),
+            "error": finite(survey.metric.error(shares[row.id])),
             "reason": decider.reason(row.id, decision.choices.get(row.id, Choice())),
         }
         rows.append(row.model_copy(update=measured))

@@ -103,11 +103,11 @@ class CostModel:
 
     def features(self, choices: Choices) -> list[float]:
         """What the weights are of, for one plan: operations, bytes, reductions, one."""
-        counts, matching, reductions = self.rehearsal.counts(choices), 0.0, 0
-        for place, (entry, count) in enumerate(zip(self.rehearsal.sites, counts, strict=True)):
-            choice = choices.get(entry.site.id)
-            if choice is not None and choice.r:
-                matching += self._matching(place, choice.match, count + choice.r)
+        passages, matching, reductions = self.rehearsal.passages(choices), 0.0, 0
+        counts = [passage.leaving for passage in passages]
+        for place, (entry, passage) in enumerate(zip(self.rehearsal.sites, passages, strict=True)):
+            if passage.removed:
+                matching += self._matching(place, choices[entry.site.id].match, passage.arriving)
                 reductions += 1
         flops = self.beside + self.flops.total(counts) + matching
         return [flops, self.bytes.total(counts), float(reductions), 1.0]

@@ -97,12 +97,14 @@ class Decider:
         flops, seconds = round(tuner.flops(choices), 4), self.seconds or ()
         plain, reduced = (sum(model.total(plan) for model in seconds) for plan in ({}, choices))
         predicted = Figures(
-            error=_finite(metric.error(sum(tuner.predictor.contributions(choices)))),
+            error=finite(metric.error(sum(tuner.predictor.contributions(choices)))),
             flops=flops,
             speedup=round(plain / reduced, 3) if reduced else None,
         )
         measured = Figures(
-            error=metric.error(tuner.measure(choices).loss), flops=flops, speedup=round(self.speed_of(choices), 3)
+            error=finite(metric.error(tuner.measure(choices).loss)),
+            flops=flops,
+            speedup=round(self.speed_of(choices), 3),
         )
         return Decision(choices, predicted, measured)
 
@@ -110,13 +112,14 @@ class Decider:
 
     def _default_budget(self) -> float:
         """The cost of the schedule without calibration: the default ratio, spread evenly."""
-        return self.tuner.cost(
-            {
-                site.id: Choice(*first_kind(site), r)
-                for members in self.survey.trial.streams()
-                for site, r in zip(members, spread(members[0].tokens, DEFAULT_RATIO, len(members)), strict=True)
-            }
-        )
+        trial = self.survey.trial
+        wanted = {
+            site.id: r
+            for members in trial.streams()
+            for site, r in zip(members, spread(members[0].tokens, DEFAULT_RATIO, len(members)), strict=True)
+        }
+        removed = trial.limited(wanted)
+        return self.tuner.cost({site.id: Choice(*first_kind(site), removed[site.id]) for site in trial.sites})
 
     def _meet_speedup(self) -> Decision:
         tuner, wanted = self.tuner, self.target.value
@@ -196,7 +199,7 @@ class Decider:
         schedules = {name: uniform(tuner.trial, tuner.cost, budget, kind_of) for name, kind_of in UNIFORM.items()}
         compared = {name: tuner.measure(choices) for name, choices in schedules.items() if choices is not None}
         self.compared = {
-            name: Figures(error=_finite(metric.error(found.loss)), flops=round(tuner.flops(found.choices), 4))
+            name: Figures(error=finite(metric.error(found.loss)), flops=round(tuner.flops(found.choices), 4))
             for name, found in compared.items()
         }
         tuner.refit()
@@ -295,6 +298,6 @@ class Decider:
         return f"linearity {score.mean:.3f} is {side} {self.threshold:.3f}; {said}"
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
     """JSON has no infinity: what is no number is not known."""
     return value if math.isfinite(value) else None

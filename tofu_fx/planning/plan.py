@@ -13,22 +13,44 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tofu_fx.errors import PlanError
-from tofu_fx.options import BranchKind, Match
+from tofu_fx.options import MOST, MOST_SIDE, BranchKind, Match
+from tofu_fx.planning.counts import walk
 from tofu_fx.planning.site import Site
+from tofu_fx.wording import expectation, place, printable, refusal_of, shown
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 VERSION: Literal[2] = 2
 
+#: what a key of a plan may be, in the words of its messages
+EXPECTED: dict[str, str] = {
+    "graph": "a whole number from 0 on, the graph's",
+    "id": "a text, the site's name",
+    "module_path": "a text",
+    "tokens": f"a whole number from 1 to {MOST}",
+    "heads": f"a whole number from 1 to {MOST}",
+    "dim": f"a whole number from 1 to {MOST}",
+    "strategy": "'prune', 'mean' or 'mlerp'",
+    "match": "'keys', 'heads', 'queries_keys', 'features' or 'sketch'",
+    "r": f"a whole number from 0 to {MOST}, the tokens that go",
+    "placement": "'stream' or 'branch'",
+    "branches": "a list of 'attention', 'mlp' and 'cross'",
+    "cell": f"a whole number from 2 to {MOST_SIDE}, the side of a cell in tokens",
+    "grid": f"height and width of the image in tokens, as two ints from 1 to {MOST_SIDE}",
+    "sites": "a list of rows",
+}
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Side = Annotated[int, Field(ge=1, le=MOST_SIDE)]
+
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Spread(_Record):
@@ -47,26 +69,28 @@ class PlanRow(_Record):
     stays (``grid`` is height and width of the image). The rest is what calibration measured there, None or empty in
     other plans: the ``linearity`` of the branch behind the site between samples (arXiv 2312.01026) and between the
     tokens that would be merged (``pair_linearity``), the ``error`` at the model's output that is put down to this
-    site, and the ``reason`` for the decision in words.
+    site, and the ``reason`` for the decision in words. ``stream`` is the number of the stream that the site is of, in
+    its graph: only for counting tokens in reports.
     """
 
-    graph: int = Field(default=0, ge=0)
+    graph: int = Field(default=0, ge=0, le=MOST)
     id: str
     module_path: str
-    tokens: int = Field(ge=1)
-    heads: int
-    dim: int
+    tokens: Count
+    heads: Count
+    dim: Count
     strategy: Literal["prune", "mean", "mlerp", "permute", "duplicate"]
     match: Match = "keys"
-    r: int = Field(ge=0)
+    r: int = Field(ge=0, le=MOST)
     placement: Literal["stream", "branch"] = "stream"
     branches: list[BranchKind] = Field(default_factory=list)
-    cell: int | None = Field(default=None, ge=2)
-    grid: list[int] | None = None
+    cell: int | None = Field(default=None, ge=2, le=MOST_SIDE)
+    grid: list[Side] | None = Field(default=None, min_length=2, max_length=2)
     linearity: Spread | None = None
     pair_linearity: Spread | None = None
     error: float | None = None
     reason: str = ""
+    stream: int | None = Field(default=None, ge=0)
 
     @classmethod
     def of(cls, site: Site, graph: int = 0) -> PlanRow:
@@ -83,6 +107,7 @@ class PlanRow(_Record):
             r=site.r,
             placement=site.placement,
             branches=list(site.kinds) if site.placement == "branch" else [],  # type: ignore[arg-type]
+            stream=site.stream if site.placement == "stream" else None,
             cell=site.cell if site.cells else None,
             grid=list(site.grid[1:]) if site.cells and site.grid and site.grid[0] == 1 else None,
         )
@@ -159,7 +184,7 @@ class Plan(_Record):
 
     def to_json(self) -> str:
         """The JSON that ``save`` writes: one line for each decision and figure, what is unknown left out."""
-        return json.dumps(self.model_dump(exclude_none=True), indent=2) + "\n"
+        return json.dumps(self.model_dump(exclude_none=True), indent=2, allow_nan=False) + "\n"
 
     @classmethod
     def load(cls, plan: Any) -> Plan:
@@ -173,24 +198,16 @@ class Plan(_Record):
         where = "the plan"
         if isinstance(plan, (str, os.PathLike)):
             where = f"plan {os.fspath(plan)!r}"
-            try:
-                with open(plan, encoding="utf-8") as file:
-                    plan = json.load(file)
-            except OSError as error:
-                raise PlanError(f"{where} cannot be read: {error.strerror}") from None
-            except ValueError as error:  # no JSON, or no text at all
-                raise PlanError(f"{where} is not JSON: {error}") from None
+            plan = _read_json(plan, where)
         if isinstance(plan, dict) and plan.get("version", VERSION) != VERSION:
             raise PlanError(
-                f"{where} has version {plan['version']!r}, this tofu_fx reads version {VERSION}: "
+                f"{where} has version {shown(plan['version'])}, this tofu_fx reads version {VERSION}: "
                 "make the plan again with this version"
             )
         try:
             read = cls.model_validate(plan)
         except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"]) or "its top level"
-            raise PlanError(f"{where}: {key}: {first['msg']}, got {first['input']!r}") from None
+            raise PlanError(f"{where}: {_explain(error.errors()[0])}") from None
         if read.fingerprint != fingerprint(read.sites):
             raise PlanError(
                 f"{where}: its sites are not those that it was made for: of a row only 'strategy', 'match' and 'r' "
@@ -228,15 +245,15 @@ class Plan(_Record):
         counts = f"the plan has {len(rows)} sites, the graph {len(sites)}"
         for i in range(max(len(rows), len(sites))):
             if i >= len(sites):
-                raise PlanError(f"{counts}: {rows[i].id!r} is not in it")
+                raise PlanError(f"{counts}: {shown(rows[i].id)} is not in it")
             if i >= len(rows):
-                raise PlanError(f"{counts}: it says nothing of {sites[i].id!r}")
+                raise PlanError(f"{counts}: it says nothing of {shown(sites[i].id)}")
             for key in ("id", "heads", "dim"):
                 got, wanted = getattr(sites[i], key), getattr(rows[i], key)
                 if got != wanted:
                     raise PlanError(
-                        f"the plan is of another model: site {i} has {key} {got!r} in the graph, {wanted!r} in the "
-                        "plan; make the plan again for this model"
+                        f"the plan is of another model: site {i} has {key} {shown(got)} in the graph, "
+                        f"{shown(wanted)} in the plan; make the plan again for this model"
                     )
 
     def table(self) -> Table:
@@ -258,32 +275,67 @@ def fingerprint(rows: Sequence[PlanRow]) -> str:
     return hashlib.sha256(json.dumps(sites).encode()).hexdigest()[:16]
 
 
+def _read_json(path: str | os.PathLike[str], where: str) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        PlanError: it is no file, or holds something else.
+    """
+    refused = refusal_of(path)
+    if refused:
+        raise PlanError(f"{where} cannot be read: {refused}")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except OSError as error:
+        raise PlanError(f"{where} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise PlanError(f"{where} is not JSON: it is not a text in UTF-8") from None
+    except ValueError as error:
+        raise PlanError(f"{where} is not JSON: {printable(str(error))}") from None
+    except RecursionError:
+        raise PlanError(f"{where} is no plan: its JSON is nested too deeply") from None
+
+
+def _explain(error: Any) -> str:
+    """What is wrong at a key of a plan, in our words."""
+    loc, kind = error["loc"], error["type"]
+    if not loc:
+        return f"expected a dict with 'sites' at its top level, got {shown(error['input'])}"
+    if kind == "missing":
+        return f"{place(loc)}: this key is missing; expected {expectation(error, EXPECTED)}"
+    if kind == "extra_forbidden":
+        return f"{place(loc)}: unknown key; leave it out, or mind the spelling"
+    return f"{place(loc)}: expected {expectation(error, EXPECTED)}, got {shown(error['input'])}"
+
+
 def _check_counts(rows: Sequence[PlanRow], sites: Sequence[Site]) -> None:
-    left: dict[int, int] = {}
-    for row, site in zip(rows, sites, strict=True):
-        tokens = left.setdefault(site.stream, site.tokens)
-        if row.r > site.cap(tokens):
+    wanted = {site.id: row.r for row, site in zip(rows, sites, strict=True)}
+    for site, passage in walk(sites, lambda site, _: wanted[site.id]):
+        cap = site.cap(passage.arriving)
+        if passage.removed > cap:
             raise PlanError(
-                f"the plan takes {row.r} tokens at {row.id!r}, but of the {tokens} that arrive there (of which "
-                f"{site.lead + site.tail} are protected) at most {site.cap(tokens)} can go at once"
+                f"the plan takes {passage.removed} tokens at {shown(site.id)}, but of the {passage.arriving} that "
+                f"arrive there (of which {site.lead + site.tail} are protected) at most {cap} can go at once"
             )
-        left[site.stream] = tokens - row.r
 
 
 def _as_shares(rows: Sequence[PlanRow], sites: Sequence[Site]) -> list[PlanRow]:
     """The rows for other numbers of tokens: behind each site the same share of the free tokens is left."""
-    wanted, left, scaled = dict[int, int](), dict[int, int](), []
-    for row, site in zip(rows, sites, strict=True):
+    row_of = {site.id: row for row, site in zip(rows, sites, strict=True)}
+    planned = walk(sites, lambda site, _: row_of[site.id].r, tokens=lambda site: row_of[site.id].tokens)
+    behind = {site.id: passage.leaving for site, passage in planned}
+
+    def removes(site: Site, arriving: int) -> int:
         protected = site.lead + site.tail
-        before = wanted.setdefault(site.stream, row.tokens)
-        tokens = left.setdefault(site.stream, site.tokens)
-        wanted[site.stream] = before - row.r
-        share = (wanted[site.stream] - protected) / max(row.tokens - protected, 1)
+        share = (behind[site.id] - protected) / max(row_of[site.id].tokens - protected, 1)
         keep = protected + round(share * (site.tokens - protected))
-        r = max(0, min(tokens - keep, site.cap(tokens)))
-        left[site.stream] = tokens - r
-        scaled.append(row.model_copy(update={"tokens": site.tokens, "r": r}))
-    return scaled
+        return max(0, min(arriving - keep, site.cap(arriving)))
+
+    return [
+        row_of[site.id].model_copy(update={"tokens": site.tokens, "r": passage.removed})
+        for site, passage in walk(sites, removes)
+    ]
 
 
 def _umask() -> int:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
+from tofu_fx.planning.counts import walk
 from tofu_fx.planning.flops import matching_flops, node_flops
 from tofu_fx.planning.site import Site
 from tofu_fx.sketch import folds
@@ -87,14 +88,13 @@ def _work(sites: Sequence[Site], tracer: AxisTracer, graph: Graph, order: Mappin
 def _seconds(sites: Sequence[Site], work: Sequence[Work], rates: Rates, removed: Mapping[str, int]) -> float:
     """The time of the work and of the reductions, when each site removes so many tokens."""
     counts, total = [sites[0].tokens], 0.0
-    for site in sites:
-        r = min(removed[site.id], site.cap(counts[-1]))
-        counts.append(counts[-1] - r)
-        if r and site.reduce_at is not None:
+    for site, passage in walk(sites, lambda site, count: min(removed[site.id], site.cap(count))):
+        counts.append(passage.leaving)
+        if passage.removed and site.reduce_at is not None:
             value = site.reduce_at.meta["val"]
             rows = math.prod(hint(size) for size in value.shape) / sites[0].tokens / site.dim
-            free = counts[-2] - site.lead - site.tail
-            moved = 2 * rows * counts[-2] * site.dim * value.element_size()
+            free = passage.arriving - site.lead - site.tail
+            moved = 2 * rows * passage.arriving * site.dim * value.element_size()
             features = site.dim if site.placement == "branch" else site.dim / site.heads
             if site.match == "sketch":
                 features = site.dim / folds(site.dim)

@@ -26,6 +26,7 @@ from tofu_fx.autocast import Autocasts, is_region
 from tofu_fx.compilation import Compilation
 from tofu_fx.options import Options
 from tofu_fx.pipeline import run_pipeline
+from tofu_fx.planning.counts import Passage, walk
 from tofu_fx.planning.site import Rehearsed
 
 
@@ -70,22 +71,20 @@ class Rehearsal:
         """The sites at which tokens can go."""
         return self.compilation.rehearsed or ()
 
-    def counts(self, choices: Choices) -> list[int]:
-        """The token counts behind each site.
+    def passages(self, choices: Choices) -> list[Passage]:
+        """The token counts at each site.
 
         Raises:
             ValueError: when a site is to lose more tokens than it can.
         """
-        left: dict[int, int] = {}
-        counts = []
-        for entry in self.sites:
-            site = entry.site
-            tokens, r = left.setdefault(site.stream, site.tokens), choices.get(site.id, _NOTHING).r
+        found = []
+        sites = [entry.site for entry in self.sites]
+        for site, passage in walk(sites, lambda site, _: choices.get(site.id, _NOTHING).r):
+            tokens, r = passage.arriving, passage.removed
             if not 0 <= r <= site.cap(tokens):
                 raise ValueError(f"{site.id}: r = {r}, but of {tokens} tokens at most {site.cap(tokens)} can go")
-            left[site.stream] = tokens - r
-            counts.append(tokens - r)
-        return counts
+            found.append(passage)
+        return found
 
     @property
     def resumable(self) -> bool:
@@ -164,7 +163,7 @@ class _Run:
         self.entries = {entry.fuse: entry for entry in rehearsal.sites}
         self.output = rehearsal.gm.graph.output_node()
         self.env: dict[Node, Any] = dict(start.values) if start else {}
-        values = [*inputs, *rehearsal.counts(choices)]
+        values = [*inputs, *(passage.leaving for passage in rehearsal.passages(choices))]
         self.env.update(zip(rehearsal.gm.graph.find_nodes(op="placeholder"), values, strict=True))
 
     def compute(self, targets: Sequence[Node]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from tofu_fx.errors import OptionError
 from tofu_fx.options import Options
+from tofu_fx.planning.counts import streams, walk
 from tofu_fx.planning.plan import Plan
 from tofu_fx.planning.site import Site
 from tofu_fx.sketch import folds
@@ -32,9 +33,10 @@ def schedule(sites: Sequence[Site], options: Options) -> None:
         for site in matched:
             site.cell = cells.get(site.id) or site.cell
     decisions = _from_plan(matched, options) if options.plan is not None else _from_options(matched, options)
-    left: dict[int, int] = {}
-    for site, (strategy, match, r) in zip(matched, decisions, strict=True):
-        count = left.setdefault(site.stream, site.tokens)
+    decided = {site.id: decision for site, decision in zip(matched, decisions, strict=True)}
+
+    def decide(site: Site, count: int) -> int:
+        strategy, match, r = decided[site.id]
         cap = site.cap(count)
         if r > cap and site.cells:
             free = count - site.lead - site.tail
@@ -45,9 +47,10 @@ def schedule(sites: Sequence[Site], options: Options) -> None:
         elif r > cap:
             site.notes.append(f"r = {r} capped at {cap}: {count} tokens, {site.lead + site.tail} of them protected")
         site.strategy, site.match, site.r = strategy, match, min(r, cap)
-        site.tokens_in = count
-        site.tokens_out = count if strategy == "duplicate" else count - site.r
-        left[site.stream] = site.tokens_out
+        return 0 if strategy == "duplicate" else site.r
+
+    for site, passage in walk(matched, decide):
+        site.tokens_in, site.tokens_out = passage.arriving, passage.leaving
 
 
 def _from_plan(matched: Sequence[Site], options: Options) -> list[Decision]:
@@ -72,10 +75,7 @@ def _from_options(matched: Sequence[Site], options: Options) -> list[Decision]:
 
 def _groups(matched: Sequence[Site]) -> list[list[Site]]:
     """The sites of each stream, and all those that reduce branches: each of these has all tokens again behind it."""
-    groups: dict[int, list[Site]] = {}
-    for site in matched:
-        groups.setdefault(-1 if site.placement == "branch" else site.stream, []).append(site)
-    return list(groups.values())
+    return streams(matched, lambda site, _: "branch" if site.placement == "branch" else site.stream)
 
 
 def _wanted(members: Sequence[Site], matched: Sequence[Site], options: Options) -> list[int]:

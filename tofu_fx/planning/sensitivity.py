@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy
 
+from tofu_fx.planning.counts import walk
 from tofu_fx.planning.rehearsal import Choice
 from tofu_fx.planning.schedule import default_match
 from tofu_fx.planning.site import Rehearsed, Site
@@ -121,15 +122,12 @@ class Predictor:
 
     def contributions(self, choices: Mapping[str, Choice]) -> list[float]:
         """What is put down to each site of a plan."""
-        left: dict[Any, int] = {}
-        found = []
-        for site in self.sites:
-            stream = self.stream_of[site.id]
-            arriving = left.setdefault(stream, site.tokens)
-            gone = choices[site.id].r if site.id in choices else 0
-            found.append(float(self.contribution(site, arriving, gone)))
-            left[stream] = arriving - gone
-        return found
+        counted = walk(
+            self.sites,
+            lambda site, _: choices[site.id].r if site.id in choices else 0,
+            stream=lambda site, _: self.stream_of[site.id],
+        )
+        return [float(self.contribution(site, passage.arriving, passage.removed)) for site, passage in counted]
 
     def fitted(self, plans: Sequence[tuple[Mapping[str, Choice], float]], trust: float = 0.3) -> Predictor:
         """Weights that explain the measured plans (choices, error in the power that adds up).

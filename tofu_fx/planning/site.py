@@ -96,6 +96,8 @@ class Site:
     #: the kinds of branches that were asked for, whether the block has them or not
     kinds: tuple[str, ...] = ()
     grid: tuple[int, int, int] | None = None
+    #: the ``grid`` as far as the graph itself shows it
+    image: tuple[int, int, int] | None = None
     #: side of the grid's cells, each of which keeps a token, and the seed that picks it (0: the first one)
     cell: int = 2
     seed: int = 0
@@ -130,6 +132,11 @@ class Site:
         free = max(tokens - self.lead - self.tail, 0)
         # If every candidate must go, the one at the edge of the padding has to cross it.
         return max(free - 1, 0) // 2 if self.padding else free // 2
+
+    @property
+    def free(self) -> int:
+        """Tokens that are not protected."""
+        return self.tokens - self.lead - self.tail
 
     @property
     def planned(self) -> bool:

@@ -184,14 +184,8 @@ class Survey:
 
     def _removing(self, share: float) -> Choices:
         """The same share of the arriving tokens gone at every site."""
-        choices = {}
-        for members in self.trial.streams():
-            count = members[0].tokens
-            for site in members:
-                r = min(math.floor(share * count), site.cap(count))
-                choices[site.id] = Choice(*first_kind(site), r)
-                count -= r
-        return choices
+        counted = self.trial.walk(lambda site, arriving: min(math.floor(share * arriving), site.cap(arriving)))
+        return {site.id: Choice(*first_kind(site), passage.removed) for site, passage in counted}
 
 
 def _partners(samples: int, rng: random.Random) -> list[int]:

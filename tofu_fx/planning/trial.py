@@ -6,7 +6,7 @@ called through Dynamo, so a model of several graphs, or with Python between its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -18,7 +18,9 @@ from torch.fx import Graph, GraphModule
 from tofu_fx.errors import CalibrationError, PassError, Unsupported
 from tofu_fx.options import Options
 from tofu_fx.planning.batches import Batch
+from tofu_fx.planning.counts import Passage, streams, walk
 from tofu_fx.planning.flops import count_flops
+from tofu_fx.planning.refusals import model_refusals
 from tofu_fx.planning.rehearsal import Choices, Rehearsal, Snapshot
 from tofu_fx.planning.site import Rehearsed, Site
 from tofu_fx.planning.timing import room_for_variants
@@ -96,10 +98,19 @@ class Trial(AbstractContextManager["Trial"]):
 
     def streams(self) -> list[list[Site]]:
         """The sites of each stream in order."""
-        streams: dict[tuple[int, int], list[Site]] = {}
-        for site in self.sites:
-            streams.setdefault(self.stream_of[site.id], []).append(site)
-        return list(streams.values())
+        return streams(self.sites, lambda site, _: self.stream_of[site.id])
+
+    def walk(
+        self, removes: Callable[[Site, int], int], sites: Sequence[Site] | None = None
+    ) -> Iterator[tuple[Site, Passage]]:
+        """``tofu_fx.planning.counts.walk`` over the sites of all graphs, or over some of them."""
+        stream_of = self.stream_of
+        return walk(self.sites if sites is None else sites, removes, stream=lambda site, _: stream_of[site.id])
+
+    def limited(self, wanted: Mapping[str, int], sites: Sequence[Site] | None = None) -> dict[str, int]:
+        """Tokens to remove at each site: those wanted, or the most that can go of those that arrive."""
+        counted = self.walk(lambda site, arriving: min(wanted[site.id], site.cap(arriving)), sites)
+        return {site.id: passage.removed for site, passage in counted}
 
     def require_sites(self) -> None:
         """Raise CalibrationError, with the reasons, where the model (called once) has no site."""
@@ -119,9 +130,14 @@ class Trial(AbstractContextManager["Trial"]):
             torch._dynamo.reset()
 
     def plain(self, batch: Batch) -> Any:
-        """The outputs of the untouched model."""
+        """The outputs of the untouched model.
+
+        Raises:
+            CalibrationError: the model refuses the batch.
+        """
         self._choices = None
-        return self._run(batch)
+        with model_refusals(self.model, batch):
+            return self._run(batch)
 
     def record(self, batch: Batch) -> Any:
         """The outputs of a run that reduces nothing; later calls of ``reduced`` with this batch start from it."""

@@ -89,11 +89,12 @@ def _even(trial: Trial, each: float, kind_of: Callable[[int, int], Kind]) -> dic
         if r:
             choices[site.id] = Choice(kind_of(depth, len(branches))[0], default_match(site), r)
     for members in trial.streams():
-        count = members[0].tokens
-        for depth, site in enumerate(members if members[0].placement == "stream" else ()):
-            wanted = math.floor((depth + 1) * each + 1e-9) - math.floor(depth * each + 1e-9)
-            r = min(wanted, site.cap(count))
+        if members[0].placement == "branch":
+            continue
+        depth_of = {site.id: depth for depth, site in enumerate(members)}
+        gone = [math.floor(depth * each + 1e-9) for depth in range(len(members) + 1)]
+        wanted = {name: gone[depth + 1] - gone[depth] for name, depth in depth_of.items()}
+        for name, r in trial.limited(wanted, members).items():
             if r:
-                choices[site.id] = Choice(*kind_of(depth, len(members)), r)
-            count -= r
+                choices[name] = Choice(*kind_of(depth_of[name], len(members)), r)
     return choices

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch.fx import GraphModule
 
 from tofu_fx.backend import Outcome, refuse_pipeline, rewrite, run_once
 from tofu_fx.options import Options
 from tofu_fx.planning.batches import Batch
+from tofu_fx.planning.counts import stream_of
 from tofu_fx.planning.flops import count_flops
 from tofu_fx.planning.plan import Plan, PlanRow
 from tofu_fx.planning.site import Site
+from tofu_fx.wording import printable
 
 
 @dataclass
 class SiteRow:
-    """One attention: where it is, what happens there, and the reason where nothing does."""
+    """One attention: where it is, what happens there, and the reason where nothing does.
+
+    ``stream`` is equal for the sites of one stream, in a graph; in branches each site has one of its own.
+    """
 
     graph: int
     id: str
@@ -32,6 +38,7 @@ class SiteRow:
     strategy: str
     r: int
     reason: str
+    stream: Hashable = None
 
 
 @dataclass
@@ -93,8 +100,17 @@ class Explanation:
 
     @property
     def tokens_after(self) -> int:
-        """Tokens behind the last reduced site."""
-        return next((row.tokens_out for row in reversed(self.sites) if not row.reason), 0)
+        """Tokens behind the last reduced site of the stream that ``tokens_before`` is of."""
+        return self.tokens_of_streams[0][1] if self.tokens_of_streams else 0
+
+    @property
+    def tokens_of_streams(self) -> list[tuple[int, int]]:
+        """Tokens at the first and behind the last reduced site of each stream; equal pairs once."""
+        streams: dict[Hashable, list[SiteRow]] = {}
+        for row in self.sites:
+            if not row.reason:
+                streams.setdefault((row.graph, row.stream), []).append(row)
+        return list(dict.fromkeys((rows[0].tokens_in, rows[-1].tokens_out) for rows in streams.values()))
 
     @property
     def before(self) -> str:
@@ -119,17 +135,19 @@ class Explanation:
             table.add_column(name, justify="right" if name in ("heads", "tokens") else "left", overflow="fold")
         for row in self.sites:
             tokens = str(row.tokens_in) if row.reason else f"{row.tokens_in} → {row.tokens_out}"
-            table.add_row(row.id, str(row.heads), tokens, "" if row.reason else row.strategy, row.reason)
+            cells = (row.id, str(row.heads), tokens, "" if row.reason else row.strategy, row.reason)
+            table.add_row(*(Text(printable(cell)) for cell in cells))
         console.print(table)
         for graph in self.graphs:
-            console.print(graph.outcome)
+            console.print(Text(printable(graph.outcome)))
         ratio = f" ({self.flops_after / self.flops_before:.2f} of plain)" if self.flops_before else ""
+        counts = ", ".join(f"{before} → {after}" for before, after in self.tokens_of_streams) or "0 → 0"
         console.print(
-            f"sites: {self.matched} matched, {self.declined} declined;  tokens: {self.tokens_before} → "
-            f"{self.tokens_after};  FLOPs: {self.flops_before / 1e9:.2f} → {self.flops_after / 1e9:.2f} G{ratio}"
+            f"sites: {self.matched} matched, {self.declined} declined;  tokens: {counts};  "
+            f"FLOPs: {self.flops_before / 1e9:.2f} → {self.flops_after / 1e9:.2f} G{ratio}"
         )
         for barrier in self.barriers:
-            console.print(f"whole tokens at {barrier}", markup=False)
+            console.print(Text(printable(f"whole tokens at {barrier}")))
         seconds: dict[str, float] = {}
         for graph in self.graphs:
             for name, value in graph.seconds.items():
@@ -187,7 +205,7 @@ def _report(outcome: Outcome, number: int) -> GraphReport:
     after = compilation.gm if compilation.reducing else compilation.before
     return GraphReport(
         outcome.message,
-        [_row(site, number) for site in compilation.sites],
+        [_row(site, number, stream_of(site, place)) for place, site in enumerate(compilation.sites)],
         [str(barrier) for barrier in compilation.barriers] if compilation.reducing else [],
         compilation.before.print_readable(print_output=False),
         after.print_readable(print_output=False),
@@ -199,8 +217,8 @@ def _report(outcome: Outcome, number: int) -> GraphReport:
     )
 
 
-def _row(site: Site, number: int) -> SiteRow:
+def _row(site: Site, number: int, stream: Hashable) -> SiteRow:
     reason = str(site.decline) if site.decline else ""
     into, out = (site.tokens, site.tokens) if site.decline else (site.tokens_in, site.tokens_out)
     strategy = "" if site.decline else site.strategy if site.r else "none"
-    return SiteRow(number, site.id, site.module_path, site.heads, into, out, strategy, site.r, reason)
+    return SiteRow(number, site.id, site.module_path, site.heads, into, out, strategy, site.r, reason, stream)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from tofu_fx.planning.counts import stream_of, walk
 from tofu_fx.planning.plan import Calibration, Figures, Plan, PlanRow, Spread
 from tofu_fx.report.figure import GREY, INK, LOOKS, new_figure, save_figure
+from tofu_fx.wording import printable
 
 #: more sites than this have no room for a number beside each
 ANNOTATED = 30
@@ -35,18 +37,8 @@ class Step:
 
 
 def follow_tokens(plan: Plan) -> list[Step]:
-    """The token counts at each site, in the order of the rows.
-
-    Rows do not name their stream: those of one graph that start with equally many tokens are taken for one.
-    """
-    left: dict[tuple[int, int], int] = {}
-    steps = []
-    for row in plan.sites:
-        stream = row.graph, row.tokens
-        arriving = left.get(stream, row.tokens)
-        left[stream] = arriving - row.r
-        steps.append(Step(row, arriving, arriving - row.r))
-    return steps
+    """The token counts at each site, in the order of the rows (see ``tofu_fx.planning.counts``)."""
+    return [Step(row, passage.arriving, passage.leaving) for row, passage in walk(plan.sites, lambda row, _: row.r)]
 
 
 def plan_table(plan: Plan) -> Table:
@@ -70,7 +62,7 @@ def plan_table(plan: Plan) -> Table:
         columns["reason"] = lambda step: step.row.reason
     title, caption = _title(plan), _caption(plan)
     table = Table(
-        title=Text(title), caption=Text(caption) if caption else None, title_justify="left", caption_justify="left",
+        title=_text(title), caption=_text(caption) if caption else None, title_justify="left", caption_justify="left",
         box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), min_width=_least_width(f"{title}\n{caption}"),
     )  # fmt: skip
     for name in columns:
@@ -78,7 +70,7 @@ def plan_table(plan: Plan) -> Table:
         right = name in ("tokens", "error")
         table.add_column(name, justify="right" if right else "left", no_wrap=counted, overflow="fold")
     for step in follow_tokens(plan):
-        table.add_row(*(Text(cell(step)) for cell in columns.values()))
+        table.add_row(*(_text(cell(step)) for cell in columns.values()))
     return table
 
 
@@ -115,16 +107,16 @@ def plan_diff(a: Plan, b: Plan, names: tuple[str, str] = ("a", "b")) -> Table:
     about = [f"{name}: {'; '.join(_title(plan).splitlines())}" for name, plan in zip(names, (a, b), strict=True)]
     table = Table(
         title=f"{len(found)} {several}" if found else "no difference",
-        caption=Text("\n".join(about)) if found else None,
+        caption=_text("\n".join(about)) if found else None,
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         min_width=_least_width("\n".join(about)) if found else None,
     )
     for column in ("site", *names):
-        table.add_column(Text(column), overflow="fold")
+        table.add_column(_text(column), overflow="fold")
     for site, *decisions in found:
-        table.add_row(Text(site), *(Text(decision or "no such site") for decision in decisions))
+        table.add_row(_text(site), *(_text(decision or "no such site") for decision in decisions))
     return table
 
 
@@ -157,9 +149,11 @@ def draw_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
         if axes.get_legend_handles_labels()[0]:
             above = {"loc": "lower right", "bbox_to_anchor": (1, 0.98), "ncols": len(LOOKS), "frameon": False}
             axes.legend(fontsize=8, **above)
-    all_axes[-1].set_xticks(range(len(steps)), [step.row.id for step in steps], rotation=45, ha="right", fontsize=8)
+    slanted = {"rotation": 45, "ha": "right", "fontsize": 8, "parse_math": False}  # a "$" is no formula
+    all_axes[-1].set_xticks(range(len(steps)), [printable(step.row.id) for step in steps], **slanted)
     all_axes[-1].set_xlim(-0.6, max(len(steps) - 0.4, 0.6))
-    figure.text(0.02, 1 - 0.15 / height, _title(plan), ha="left", va="top", fontsize=11, color=INK)
+    look = {"ha": "left", "va": "top", "fontsize": 11, "color": INK, "parse_math": False}
+    figure.text(0.02, 1 - 0.15 / height, printable(_title(plan)), **look)
     figure.align_ylabels(all_axes)
     figure.tight_layout(rect=(0, 0, 1, 1 - margin / height))
     save_figure(figure, path)
@@ -184,9 +178,9 @@ def _draw_linearity(axes: Any, steps: Sequence[Step], calibration: Calibration |
 
 
 def _draw_tokens(axes: Any, steps: Sequence[Step], calibration: Calibration | None) -> None:
-    streams: dict[tuple[int, int], list[int]] = {}
+    streams: dict[Hashable, list[int]] = {}
     for place, step in enumerate(steps):
-        streams.setdefault((step.row.graph, step.row.tokens), []).append(place)
+        streams.setdefault(stream_of(step.row, place), []).append(place)
     for places in streams.values():
         counts = [steps[places[0]].arriving, *(steps[place].leaving for place in places)]
         edges = [places[0] - 0.5, *places]
@@ -210,7 +204,7 @@ def _draw_errors(axes: Any, steps: Sequence[Step], calibration: Calibration | No
     colours = [LOOKS[step.strategy][0] for step in steps]
     axes.bar(range(len(steps)), [step.row.error or 0.0 for step in steps], color=colours, width=0.6)
     unit = f"\n({calibration.metric})" if calibration else ""
-    axes.set_ylabel(f"predicted error{unit}")
+    axes.set_ylabel(printable(f"predicted error{unit}"), parse_math=False)
 
 
 def _decision(row: PlanRow) -> str:
@@ -254,6 +248,11 @@ def _figures(found: Figures, metric: str) -> str:
     if found.speedup is not None:
         said.append(f"{found.speedup:.2f}x the speed")
     return ", ".join(said)
+
+
+def _text(text: str) -> Text:
+    """A text of a plan's for the terminal: no markup, no escape sequences."""
+    return Text(printable(text))
 
 
 def _least_width(text: str) -> int:

@@ -23,11 +23,13 @@ from tofu_fx.planning.calibrate import Target, calibrate
 from tofu_fx.planning.metrics import OutputError, choose_metric
 from tofu_fx.planning.plan import Plan
 from tofu_fx.planning.progress import Progress
+from tofu_fx.planning.refusals import RefusedInput, model_refusals
 from tofu_fx.planning.timing import call_with, compile_variant, device_name, room_for_variants, time_calls
 from tofu_fx.planning.trial import Trial
 from tofu_fx.planning.uniform import UNIFORM, uniform_plans
 from tofu_fx.report.explain import share_of_flops
 from tofu_fx.report.figure import GREY, INK, new_figure, save_figure
+from tofu_fx.wording import printable
 
 PLAIN, CALIBRATED = "plain", "calibrated"
 #: the columns of the CSV
@@ -93,8 +95,9 @@ class Sweep:
         """The rows as a rich table."""
         caption = [f"Calls of {self.batch} samples on {self.device}, in turns; medians."]
         caption += [f"error: {self.measure}, mean over {self.samples} samples"] if self.measure != "score" else []
+        below = Text(printable("\n".join([*caption, *self.unreachable])))
         table = Table(
-            title=f"plain {self.inner_backend} against tofu", caption=Text("\n".join([*caption, *self.unreachable])),
+            title=f"plain {self.inner_backend} against tofu", caption=below,
             title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD,
         )  # fmt: skip
         quality = "score" if self.measure == "score" else "error"
@@ -219,6 +222,8 @@ def sweep(
                         model, items, flops=budget, metric=metric, seed=seed, batch_size=batch_size,
                         inner_backend=inner_backend, progress=progress,
                     )  # fmt: skip
+                except RefusedInput:  # of the input, not of the budget
+                    raise
                 except CalibrationError as error:
                     missing.append(f"{CALIBRATED} {budget:g}: {error}")
         if not plans:
@@ -267,7 +272,10 @@ def _measure(
         calls = {" ".join(map(str, way)): partial(call_with, run, batches[0]) for way, run in compiled.items()}
         timed = time_calls(calls, device_of(model, batches))
         bar.phase("quality", len(ways))
-        plain = [call_with(compiled[PLAIN, None], batch) for batch in batches] if metric else []
+        plain = []
+        for batch in batches if metric else ():
+            with model_refusals(model, batch):
+                plain.append(call_with(compiled[PLAIN, None], batch))
         rows = []
         for way, run in compiled.items():
             speed = timed[" ".join(map(str, way))]

@@ -22,6 +22,7 @@ import torch
 
 from tofu_fx.compilation import Compilation
 from tofu_fx.options import Options
+from tofu_fx.planning.counts import walk
 from tofu_fx.planning.plan import Plan
 from tofu_fx.planning.site import Site
 from tofu_fx.testing.compare import relative_error, same_bits, tensors
@@ -184,11 +185,10 @@ def _variant(r: int, options: Mapping[str, Any] | None, step: int | None, strate
             last = chosen[step]
             rows = [row.model_copy(update={"r": r if i <= last else 0}) for i, row in enumerate(rows)]
             rows[last] = rows[last].model_copy(update={"strategy": strategy})
-        left: dict[int, int] = {}
-        for i, site in enumerate(site for site in compilation.sites if site.matched):
-            count = left.setdefault(site.stream, site.tokens)
-            rows[i] = rows[i].model_copy(update={"r": min(rows[i].r, site.cap(count))})
-            left[site.stream] = count - rows[i].r
+        matched = [site for site in compilation.sites if site.matched]
+        wanted = {site.id: row.r for row, site in zip(rows, matched, strict=True)}
+        counted = walk(matched, lambda site, count: min(wanted[site.id], site.cap(count)))
+        rows = [row.model_copy(update={"r": passage.removed}) for row, (_, passage) in zip(rows, counted, strict=True)]
         return {**kept, "plan": Plan(sites=rows)}
 
     return variant
