@@ -79,6 +79,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "gelu": lambda x, w, b: compute(aten.gelu.default, (x,), {"approximate": "tanh"}),
     "add": lambda x, w, b: compute(aten.add.Tensor, (x, b), {}),
     "twice": lambda x, w, b: compute(aten.add.Tensor, (x, x), {"alpha": 2}),
+    "complex": lambda x, w, b: compute(aten.mul.Tensor, (x, 2j), {}),
     "number": lambda x, w, b: compute(aten.mul.Tensor, (x, 2.5), {}),
     "equal": lambda x, w, b: compute(aten.eq.Tensor, (x, x), {}),
     "reshape": lambda x, w, b: compute(aten.reshape.default, (x, [x.shape[0], -1]), {}),

@@ -45,7 +45,8 @@ def compute(target: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, A
     # torch 2.11's mode puts what dropout leaves as it is in order; its kernel, as when the model runs, does not.
     if (name == "dropout" or (name in _REGROUPING and 1 in first.shape)) and not _is_in_order(first):
         return target(*args, **kwargs)
-    if name in _LIKE_FIRST and _are_alike(tensors, args[1] if name == "layer_norm" and len(args) > 1 else first.shape):
+    shape = args[1] if name == "layer_norm" and len(args) > 1 else first.shape
+    if name in _LIKE_FIRST and _are_alike(tensors, shape) and not any(isinstance(arg, complex) for arg in args):
         target, args, kwargs = torch.ops.aten.new_empty.default, (first, first.shape), {}
     elif name == "linear" and len(args) == 3 and _fits(args[2], args[1]):
         args = args[:2]  # a bias changes nothing about the form, and the kernel that adds it is a slow one
