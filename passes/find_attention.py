@@ -87,7 +87,11 @@ def _site(
         hides = masks.judge(attention, site.tokens, ahead)
         guard = masks.guard(attention, site.tokens, ahead) if hides in ("pairs", "unseen") else None
         if guard is not None:
-            guards[name], hides = guard, "keys"
+            hides = "keys"
+        elif hides in ("nothing", "keys"):
+            guard = masks.state_guard(attention, site.tokens, ahead)
+        if guard is not None:
+            guards[name] = guard
         site.padding, reason = hides == "keys", _MASKED.get(hides)
     if reason:
         site.decline, site.tokens = Decline(reason, attention.node), dim_size(keys)

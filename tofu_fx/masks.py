@@ -8,6 +8,7 @@ others (zeros, ones, random flags, running numbers) for the calls that are to co
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -134,6 +135,43 @@ class Masks:
         guard = self._guards[key]
         return guard if self.example_inputs is not None and guard.holds(self.example_inputs) else None
 
+    def state_guard(self, attention: Attention, tokens: int, ahead: int = 0) -> Guard | None:
+        """A condition on each call: that what the model itself holds (a buffer, a parameter) still hides no more.
+
+        A mask in a buffer may be filled by ``load_state_dict`` or in place after the graph was compiled. It is judged
+        again only when a tensor is another one or its version counter has moved. None where nothing of the model's is
+        in the masks.
+        """
+        joining = [value for value in sides(attention) if value.meta["val"].numel() != 1]
+        making = self._making(attention) if joining else []
+        held = [n for n in making if n.op == "get_attr" or (n in self.model_state and n in self._inputs)]
+        if not held:
+            return None
+        key = ("state", tuple(sides(attention)), tokens, ahead, attention.node)
+        if key not in self._guards:
+            hides = self.judge(attention, tokens, ahead)
+            noted = [_Held.of(self._held(node, self.example_inputs)) for node in held]
+
+            def holds(args: Sequence[Any]) -> bool:
+                now = [self._held(node, args) for node in held]
+                if all(before.is_still(tensor) for before, tensor in zip(noted, now, strict=True)):
+                    return True
+                again = copy.copy(self)
+                again.example_inputs, again._judged = args, {}
+                if _ORDER.index(again.judge(attention, tokens, ahead)) > _ORDER.index(hides):
+                    return False
+                noted[:] = map(_Held.of, now)
+                return True
+
+            names = ", ".join(str(node.target) for node in held)
+            self._guards[key] = Guard(f"the mask made of the model's {names} hides no more than it did at first", holds)
+        return self._guards[key]
+
+    def _held(self, node: Node, args: Sequence[Any] | None) -> Any:
+        if node.op == "get_attr":
+            return _attribute(self.gm, str(node.target))
+        return None if args is None else args[self._inputs[node]]
+
     def _making(self, attention: Attention) -> list[Node]:
         """The nodes that the masks' values are computed from, in graph order; behind a size there is nothing.
 
@@ -249,6 +287,26 @@ def _run(node: Node, values: dict[Node, Any]) -> Any:
 
     args, kwargs = map_arg((node.args, node.kwargs), value_of)
     return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A tensor that a model holds, and its version; of an inference tensor, which counts none, a copy."""
+
+    tensor: Any
+    version: int = 0
+    copy: Tensor | None = None
+
+    @classmethod
+    def of(cls, tensor: Any) -> _Held:
+        if not isinstance(tensor, Tensor):
+            return cls(tensor)
+        return cls(tensor, copy=tensor.clone()) if tensor.is_inference() else cls(tensor, tensor._version)
+
+    def is_still(self, tensor: Any) -> bool:
+        if self.copy is not None:
+            return isinstance(tensor, Tensor) and tensor.shape == self.copy.shape and torch.equal(tensor, self.copy)
+        return tensor is self.tensor and (not isinstance(tensor, Tensor) or tensor._version == self.version)
 
 
 def _is_pairs(node: Node, queries: int, keys: int) -> bool:
