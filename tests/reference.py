@@ -78,7 +78,7 @@ def length_of(row: Tensor) -> float:
 
 
 def cancellation(members: Tensor, weights: Tensor, unit: float) -> float:
-    """|weighted mean| over what counts as rounding: 64 K u times the weighted mean of the norms. Up to 1 they cancel."""
+    """|weighted mean| over what is rounding, 64 K u times the weighted mean of the norms: up to 1 they cancel."""
     share = (weights.double() / weights.double().sum()).tolist()
     mean = sum(w * x for w, x in zip(share, members, strict=True))
     allowed = 64 * len(members) * unit * sum(w * length_of(x) for w, x in zip(share, members, strict=True))
@@ -159,8 +159,9 @@ def merge_error(x: Tensor, size: Tensor, assignment: Tensor, expected: Tensor, s
     - K products and sums and one division put the mean off by at most (K + 2) u n;
     - a norm is a sum of C squares and a root, (C/2 + 2) u relative at most; two of them, a division and a product give
       (C + 6) u n, and the sum's own error is stretched by n/|m|;
-    - where members cancel, one of them is copied; sum and norms are off by some (K + C/2 + 2) u, K u of it enlarged to
-      1/64 where the two sides of that decision meet: within 1/32 of each other either way is right, and likewise where a norm lies on the edge of the nearly largest;
+    - where members cancel, one of them is copied. Whether they do is known but where the two sides of that decision are
+      within 1/32 of each other (the sum is off by 1/64 there, the norms by less), and which one is but where a norm
+      lies on the edge of what is nearly the largest: there either way is right;
     - all of this twice, for terms in u^2; then one rounding to x's dtype, where the two may fall on either side: one
       eps of the value, or the smallest subnormal.
     """

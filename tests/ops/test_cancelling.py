@@ -93,7 +93,7 @@ def test_the_threshold_is_64_units_for_each_member(count: int) -> None:
 
 
 def test_both_implementations_agree_wherever_members_nearly_cancel() -> None:
-    """Weighted, so that products are rounded; a sum over the threshold is known to 1/64, and better the longer it is."""
+    """Weighted, so that products are rounded. A sum over the threshold is known to 1/64, better the longer it is."""
     generator = torch.Generator().manual_seed(0)
     stood = 0
     for trial in range(300):

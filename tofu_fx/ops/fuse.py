@@ -74,8 +74,8 @@ def fuse_tokens(
             "mlerp": m/|m| * max_k |x_k|, for finite members as far as that is in x's range. Where K members cancel,
             |sum of size_k x_k| <= 64 K u * sum of size_k |x_k| with u = 2^-24 (float64: 2^-53), there is no direction
             but that of rounding: the member of the largest norm stays (the first of those within 1/1024 of it). Two
-            implementations may take either way where the two sides are within 1/32 of each other. Whatever the strategy, the destination takes
-            over the sizes.
+            implementations may take either way where the two sides are within 1/32 of each other. Whatever the
+            strategy, the destination takes over the sizes.
         num_prefix: tokens at the start that are neither merged nor moved.
         num_suffix: tokens at the end that are neither merged nor moved.
         grid: `(frames, height, width, cell, seed)` of the free tokens: others join the one partner in each cell of
