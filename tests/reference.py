@@ -67,18 +67,36 @@ def decision_margin(metric: Tensor, r: int, num_prefix: int = 0, num_suffix: int
     return margin
 
 
-def reference_merge(members: Tensor, weights: Tensor, strategy: str) -> Tensor:
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """Of the arithmetic that merges a dtype: float64 in its own, all others in float32."""
+    return 2.0**-53 if dtype == torch.float64 else 2.0**-24
+
+
+def length_of(row: Tensor) -> float:
+    """The norm; `hypot` neither overflows on the way nor loses what is small."""
+    return math.hypot(*row.tolist())
+
+
+def cancellation(members: Tensor, weights: Tensor, unit: float) -> float:
+    """|weighted mean| over what is rounding, 64 K u times the weighted mean of the norms: up to 1 they cancel."""
+    share = (weights.double() / weights.double().sum()).tolist()
+    mean = sum(w * x for w, x in zip(share, members, strict=True))
+    allowed = 64 * len(members) * unit * sum(w * length_of(x) for w, x in zip(share, members, strict=True))
+    return length_of(mean) / allowed if allowed else 0.0
+
+
+def reference_merge(members: Tensor, weights: Tensor, strategy: str, unit: float = 2.0**-24) -> Tensor:
     """One group: members `[K, C]` float64 in the order of the stream, weights `[K]` -> `[C]` float64."""
-    weights = weights.double()
-    mean = sum(w * x for w, x in zip(weights, members, strict=True)) / weights.sum()
+    share = (weights.double() / weights.double().sum()).tolist()
+    mean = sum(w * x for w, x in zip(share, members, strict=True))
     if strategy == "mean":
         return mean
     assert strategy == "mlerp"
-    norms = [float(x.norm()) for x in members]
-    if float(mean.norm()) == 0.0:
-        return members[norms.index(max(norms))]
+    norms = [length_of(x) for x in members]
+    if cancellation(members, weights, unit) <= 1:
+        return next(x for x, norm in zip(members, norms, strict=True) if norm >= (1 - 2.0**-10) * max(norms))
     largest = math.nan if any(map(math.isnan, norms)) else max(norms)
-    return mean / mean.norm() * largest
+    return mean / length_of(mean) * largest
 
 
 def reference_apply(
@@ -99,7 +117,8 @@ def reference_apply(
             new_size[b, place] = sum(size[b, i].item() for i in group)
             new_x[b, place] = x[b, survivor]
             if len(group) > 1 and strategy != "prune":
-                new_x[b, place] = reference_merge(x[b, group].double(), size[b, group], strategy).to(x.dtype)
+                members, unit = x[b, group].double(), unit_roundoff(x.dtype)
+                new_x[b, place] = reference_merge(members, size[b, group], strategy, unit).to(x.dtype)
     return new_x, new_size, assignment, kept
 
 
@@ -140,10 +159,13 @@ def merge_error(x: Tensor, size: Tensor, assignment: Tensor, expected: Tensor, s
     - K products and sums and one division put the mean off by at most (K + 2) u n;
     - a norm is a sum of C squares and a root, (C/2 + 2) u relative at most; two of them, a division and a product give
       (C + 6) u n, and the sum's own error is stretched by n/|m|;
+    - where members cancel, one of them is copied. Whether they do is known but where the two sides of that decision are
+      within 1/32 of each other (the sum is off by 1/64 there, the norms by less), and which one is but where a norm
+      lies on the edge of what is nearly the largest: there either way is right;
     - all of this twice, for terms in u^2; then one rounding to x's dtype, where the two may fall on either side: one
       eps of the value, or the smallest subnormal.
     """
-    unit = 2.0**-24
+    unit = unit_roundoff(x.dtype)
     error = torch.zeros(expected.shape, dtype=torch.float64)
     for b in range(x.shape[0]):
         for place in range(expected.shape[1]):
@@ -152,11 +174,16 @@ def merge_error(x: Tensor, size: Tensor, assignment: Tensor, expected: Tensor, s
             if count < 2 or strategy == "prune":
                 continue
             members, weights = x[b, group].double(), size[b, group].double()
-            largest = float(members.norm(dim=1).max())
+            largest = max(length_of(row) for row in members)
             bound = (count + 2) * unit * largest
             if strategy == "mlerp":
-                mean = float(((weights / weights.sum()).unsqueeze(1) * members).sum(0).norm())
-                bound = bound * (largest / mean if mean > 0 else 1.0) + (x.shape[2] + 6) * unit * largest
+                mean = length_of(((weights / weights.sum()).unsqueeze(1) * members).sum(0))
+                excess = cancellation(members, weights, unit)
+                stretch = largest / mean if excess > 1 else 0.0
+                bound = bound * stretch + (x.shape[2] + 6) * unit * largest
+                edge = min(abs(length_of(row) / largest - (1 - 2.0**-10)) for row in members) if largest else 1.0
+                if abs(excess - 1) < 1 / 32 or (excess <= 1 and edge < (x.shape[2] + 6) * unit):
+                    bound = math.inf
             info = torch.finfo(x.dtype)
             error[b, place] = 2 * bound + info.eps * expected[b, place].double().abs() + info.tiny * info.eps
     return error

@@ -13,18 +13,46 @@ namespace {
 
 enum Strategy { PRUNE = 0, MEAN = 1, MLERP = 2 };
 
-float length_of(const float* row, int64_t features) {
+// merging.py, with half of float32's eps
+constexpr float CANCELLED = 64.0f / (1 << 24), NEARLY_LARGEST = 1 - 1.0f / 1024;
+
+// The length of a row times `scale`, a power of two.
+float length_of(const float* row, int64_t features, float scale = 1) {
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < features; ++i) sum += row[i] * row[i];
+  for (int64_t i = 0; i < features; ++i) {
+    const float value = row[i] * scale;
+    sum += value * value;
+  }
   return std::sqrt(sum);
+}
+
+float largest_entry(const float* row, int64_t features) {
+  float most = 0;
+#pragma omp simd reduction(max : most)
+  for (int64_t i = 0; i < features; ++i) most = std::fabs(row[i]) > most ? std::fabs(row[i]) : most;
+  return most;
+}
+
+// A power of two that brings `largest` to where squares neither overflow nor vanish; 1 for all ordinary numbers
+// (merging.py: _scale).
+float scale_for(float largest) {
+  int exponent = 0;
+  if (std::isfinite(largest)) std::frexp(largest, &exponent);
+  return std::ldexp(1.0f, std::clamp(exponent, -40, 40) - exponent);
 }
 
 // Who leaves a sample, and where every token goes. score [candidates, stride]: candidate c is token
 // prefix + candidate[c], partner p is token prefix + partner[p]. Equal scores are decided for the first, of candidates
-// and of partners.
-void choose(const float* score, int64_t tokens, int64_t prefix, int64_t candidates, const int64_t* candidate,
+// and of partners. False if a place lies outside of the sample.
+bool choose(const float* score, int64_t tokens, int64_t prefix, int64_t candidates, const int64_t* candidate,
             const int64_t* partner, int64_t partners, int64_t stride, int64_t r, int64_t* assignment, int64_t* kept) {
+  if (r < 1 || r > candidates || partners < 1 || partners > stride) return false;
+  const auto inside = [&](int64_t place) { return place >= 0 && place < tokens - prefix; };
+  if (prefix < 0 || !std::all_of(candidate, candidate + candidates, inside) ||
+      !std::all_of(partner, partner + partners, inside)) {
+    return false;
+  }
   std::vector<float> best(candidates);
   for (int64_t c = 0; c < candidates; ++c) {
     const float* row = score + c * stride;
@@ -41,28 +69,40 @@ void choose(const float* score, int64_t tokens, int64_t prefix, int64_t candidat
   for (int64_t i = 0; i < r; ++i) {
     const int64_t c = order[i];
     const float* row = score + c * stride;
-    joins[prefix + candidate[c]] = prefix + partner[std::find(row, row + partners, best[c]) - row];
+    const int64_t p = std::find(row, row + partners, best[c]) - row;
+    if (p == partners) return false;
+    joins[prefix + candidate[c]] = prefix + partner[p];
   }
   int64_t place = 0;
   for (int64_t t = 0; t < tokens; ++t) {
     if (joins[t] >= 0) continue;
+    if (place == tokens - r) return false;
     kept[place] = t;
     assignment[t] = place++;
   }
   for (int64_t t = 0; t < tokens; ++t) {
     if (joins[t] >= 0) assignment[t] = assignment[joins[t]];
   }
+  return true;
 }
 
-// The sources of each place of one sample as linked lists, in the order of the stream; -1 ends a list.
-void link(int64_t tokens, int64_t left, const int64_t* assignment, const int64_t* kept, int64_t* first, int64_t* next) {
+// The sources of each place of one sample as linked lists, in the order of the stream; -1 ends a list. False unless
+// every token goes to a place that there is, and every place is that of the token which it keeps: then all of kept is in
+// range, too.
+bool link(int64_t tokens, int64_t left, const int64_t* assignment, const int64_t* kept, int64_t* first, int64_t* next) {
   std::fill(first, first + left, -1);
+  int64_t stay = 0;
   for (int64_t t = tokens - 1; t >= 0; --t) {
     const int64_t place = assignment[t];
-    if (kept[place] == t) continue;
+    if (place < 0 || place >= left) return false;
+    if (kept[place] == t) {
+      ++stay;
+      continue;
+    }
     next[t] = first[place];
     first[place] = t;
   }
+  return stay == left;
 }
 
 // One place of the reduced stream: the destination and its sources. x and size are the sample's.
@@ -76,30 +116,42 @@ void merge(const float* x, const float* size, int64_t features, int64_t destinat
     std::memcpy(out, own, features * sizeof(float));
     return;
   }
+  float scale = 1;
+  if (strategy == MLERP) {
+    float most = largest_entry(own, features);
+    for (int64_t s = source; s >= 0; s = next[s]) most = std::max(most, largest_entry(x + s * features, features));
+    scale = scale_for(most);
+  }
   const float weight = size[destination];
-  for (int64_t i = 0; i < features; ++i) out[i] = weight * own[i];
+  for (int64_t i = 0; i < features; ++i) out[i] = weight * (own[i] * scale);
   for (int64_t s = source; s >= 0; s = next[s]) {
     const float w = size[s];
     const float* row = x + s * features;
-    for (int64_t i = 0; i < features; ++i) out[i] += w * row[i];
+    for (int64_t i = 0; i < features; ++i) out[i] += w * (row[i] * scale);
   }
   if (strategy == MEAN) {
     for (int64_t i = 0; i < features; ++i) out[i] /= total;
     return;
   }
-  int64_t chosen = destination;
-  float largest = length_of(own, features);
-  for (int64_t s = source; s >= 0; s = next[s]) {
-    const float norm = length_of(x + s * features, features);
-    if (norm > largest || (norm == largest && s < chosen)) chosen = s, largest = norm;
+  int64_t members = 1;
+  float largest = length_of(own, features, scale);
+  float reach = weight * largest;  // as long as the sum could be
+  for (int64_t s = source; s >= 0; s = next[s], ++members) {
+    const float norm = length_of(x + s * features, features, scale);
+    reach += size[s] * norm;
+    largest = norm > largest ? norm : largest;
   }
   const float length = length_of(out, features);
-  if (length == 0) {  // the members cancel: the one that is the largest, the first of equals
+  if (length <= CANCELLED * members * reach) {
+    int64_t chosen = length_of(own, features, scale) >= NEARLY_LARGEST * largest ? destination : INT64_MAX;
+    for (int64_t s = source; s >= 0; s = next[s]) {
+      if (length_of(x + s * features, features, scale) >= NEARLY_LARGEST * largest) chosen = std::min(chosen, s);
+    }
     std::memcpy(out, x + chosen * features, features * sizeof(float));
     return;
   }
-  const float scale = largest / length;
-  for (int64_t i = 0; i < features; ++i) out[i] *= scale;
+  const float factor = largest / length, back = 1 / scale;
+  for (int64_t i = 0; i < features; ++i) out[i] = out[i] * factor * back;
 }
 
 }  // namespace
@@ -131,35 +183,42 @@ EXPORT void tofu_unit_rows(const float* metric, int64_t batch, int64_t tokens, i
   }
 }
 
-// x [batch, tokens, features] by assignment [batch, tokens] and kept [batch, left] -> out, out_size.
-EXPORT void tofu_merge(const float* x, const float* size, const int64_t* assignment, const int64_t* kept, int64_t batch,
+// x [batch, tokens, features] by assignment [batch, tokens] and kept [batch, left] -> out, out_size. 0, with nothing
+// written, if assignment and kept are not those of a reduction.
+EXPORT int64_t tofu_merge(const float* x, const float* size, const int64_t* assignment, const int64_t* kept, int64_t batch,
                 int64_t tokens, int64_t left, int64_t features, int64_t strategy, float* out, float* out_size,
                 int64_t threads) {
   std::vector<int64_t> first(batch * left), next(batch * tokens);
+  int64_t sound = 1;
 #pragma omp parallel num_threads(threads)
   {
-#pragma omp for
+#pragma omp for reduction(&& : sound)
     for (int64_t b = 0; b < batch; ++b) {
-      link(tokens, left, assignment + b * tokens, kept + b * left, first.data() + b * left, next.data() + b * tokens);
+      sound = link(tokens, left, assignment + b * tokens, kept + b * left, first.data() + b * left,
+                   next.data() + b * tokens) && sound;
     }
 #pragma omp for
-    for (int64_t i = 0; i < batch * left; ++i) {
+    for (int64_t i = 0; i < (sound ? batch * left : 0); ++i) {
       const int64_t b = i / left;
       merge(x + b * tokens * features, size + b * tokens, features, kept[i], first[i], next.data() + b * tokens,
             strategy, out + i * features, out_size + i);
     }
   }
+  return sound;
 }
 
-// score [batch, height, stride] -> assignment [batch, tokens], kept [batch, tokens - r].
-EXPORT void tofu_choose(const float* score, int64_t batch, int64_t tokens, int64_t prefix, int64_t candidates,
+// score [batch, height, stride] -> assignment [batch, tokens], kept [batch, tokens - r]. 0 if a place is out of range.
+EXPORT int64_t tofu_choose(const float* score, int64_t batch, int64_t tokens, int64_t prefix, int64_t candidates,
                  const int64_t* candidate, const int64_t* partner, int64_t partners, int64_t height, int64_t stride,
                  int64_t r, int64_t* assignment, int64_t* kept, int64_t threads) {
-#pragma omp parallel for num_threads(threads)
+  if (candidates > height) return 0;
+  int64_t sound = 1;
+#pragma omp parallel for num_threads(threads) reduction(&& : sound)
   for (int64_t b = 0; b < batch; ++b) {
-    choose(score + b * height * stride, tokens, prefix, candidates, candidate, partner, partners, stride, r,
-           assignment + b * tokens, kept + b * (tokens - r));
+    sound = choose(score + b * height * stride, tokens, prefix, candidates, candidate, partner, partners, stride, r,
+                   assignment + b * tokens, kept + b * (tokens - r)) && sound;
   }
+  return sound;
 }
 
 }  // extern "C"

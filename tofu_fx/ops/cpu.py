@@ -1,7 +1,7 @@
 """The operators on CPU in float32, in C++: ATen's fifty small calls cost a ViT-S more than the work that they do.
 
 `matching` and `merging` say what is computed, and compute it on every other device and dtype, and where there is no C++
-compiler. The source is compiled once (about two seconds) with inductor's compiler and flags, into inductor's cache.
+compiler. The source is compiled once, in about two seconds (`build`).
 """
 
 from __future__ import annotations
@@ -14,14 +14,20 @@ from importlib import resources
 import torch
 from torch import Tensor
 
+from . import build
+from .checks import check_one_reduction
 from .matching import CANDIDATE_TILE, PARTNER_TILE, interleaved, padded_shape, sides, similarity
 from .merging import STRATEGIES
 
 logger = logging.getLogger("tofu_fx")
 
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
-#: function -> its arguments, p for a pointer and n for a number
-_SIGNATURES = {"tofu_unit_rows": "pnnnnnnnpn", "tofu_choose": "pnnnnppnnnnppn", "tofu_merge": "ppppnnnnnppn"}
+#: function -> its result (whether all places were in range) and its arguments, p for a pointer and n for a number
+_SIGNATURES = {
+    "tofu_unit_rows": (None, "pnnnnnnnpn"),
+    "tofu_choose": (_NUMBER, "pnnnnppnnnnppn"),
+    "tofu_merge": (_NUMBER, "ppppnnnnnppn"),
+}
 
 
 def usable(x: Tensor) -> bool:
@@ -32,15 +38,12 @@ def usable(x: Tensor) -> bool:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled functions, or None where they cannot be compiled: then ATen does the work, more slowly."""
-    from torch._inductor.codecache import CppCodeCache
-
-    source = resources.files(__package__).joinpath("cpu.cpp").read_text(encoding="utf-8")
     try:
-        compiled: ctypes.CDLL = CppCodeCache.load(source)
-        for name, arguments in _SIGNATURES.items():
+        compiled = build.load(resources.files(__package__).joinpath("cpu.cpp").read_text(encoding="utf-8"))
+        for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(compiled, name)
             function.argtypes = [_POINTER if kind == "p" else _NUMBER for kind in arguments]
-            function.restype = None
+            function.restype = result
     except Exception as error:  # whatever a compiler may do; nothing is lost but time
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         logger.info("token operators run on ATen, because their C++ does not compile: %s", reason)
@@ -75,11 +78,12 @@ def fuse(
     score = similarity(*pair)
     assignment = torch.empty((batch, tokens), dtype=torch.int64)
     kept = torch.empty((batch, tokens - r), dtype=torch.int64)
-    functions.tofu_choose(
+    sound = functions.tofu_choose(
         score.data_ptr(), batch, tokens, num_prefix, len(candidates), candidates.data_ptr(), partners.data_ptr(),
         len(partners), *score.shape[1:], r, assignment.data_ptr(), kept.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
+    assert sound, "the matching's own places are out of range"
     return *merge(x, size, assignment, kept, strategy), assignment, kept
 
 
@@ -99,14 +103,17 @@ def _unit_rows(metric: Tensor, first: int, count: int, tile: int) -> Tensor:
 
 
 def merge(x: Tensor, size: Tensor, assignment: Tensor, kept: Tensor, strategy: str) -> tuple[Tensor, Tensor]:
-    """Features `[B, N, C]` and sizes `[B, N]` reduced by a given assignment."""
+    """Features `[B, N, C]` and sizes `[B, N]` reduced by a given assignment, whose values are checked on the way."""
     (batch, tokens, features), left = x.shape, kept.shape[1]
     functions = library()
     assert functions is not None
     x, size, assignment, kept = (t.contiguous() for t in (x, size, assignment, kept))
     new_x, new_size = x.new_empty((batch, left, features)), size.new_empty((batch, left))
-    functions.tofu_merge(
+    sound = functions.tofu_merge(
         x.data_ptr(), size.data_ptr(), assignment.data_ptr(), kept.data_ptr(), batch, tokens, left, features,
         STRATEGIES.index(strategy), new_x.data_ptr(), new_size.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
+    if not sound:
+        check_one_reduction("merge_groups", assignment, kept)
+        raise AssertionError("the C++ refused a reduction that is sound")
     return new_x, new_size

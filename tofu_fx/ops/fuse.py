@@ -71,8 +71,11 @@ def fuse_tokens(
         size: `[B, N]` float32, > 0: how many original tokens each stands for.
         r: tokens to take away, 0 <= r <= max_reduction(N, num_prefix, num_suffix, grid).
         strategy: what a destination becomes. "prune": stays as it is. "mean": the size-weighted mean m of its group.
-            "mlerp": m/|m| * max_k |x_k|; where |m| = 0, the member of the largest norm (ties: the first). Whatever the
-            strategy, it takes over the sizes.
+            "mlerp": m/|m| * max_k |x_k|, for finite members as far as that is in x's range. Where K members cancel,
+            |sum of size_k x_k| <= 64 K u * sum of size_k |x_k| with u = 2^-24 (float64: 2^-53), there is no direction
+            but that of rounding: the member of the largest norm stays (the first of those within 1/1024 of it). Two
+            implementations may take either way where the two sides are within 1/32 of each other. Whatever the
+            strategy, the destination takes over the sizes.
         num_prefix: tokens at the start that are neither merged nor moved.
         num_suffix: tokens at the end that are neither merged nor moved.
         grid: `(frames, height, width, cell, seed)` of the free tokens: others join the one partner in each cell of
@@ -101,6 +104,8 @@ def _(
     num_suffix: int,
     grid: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_stream("fuse_tokens", x, size)
+    check_metric("fuse_tokens", x, metric)
     check_strategy(strategy)
     batch, tokens, features = x.shape
     # Asking about a symbolic size would pin it down; those calls are checked when they run.

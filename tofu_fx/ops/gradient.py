@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import check_device, check_features, check_one_reduction, check_places, check_stream
 from .matching import flat_places, reduction_of
 from .merging import mlerp_gradient
 from .restore import gather_tokens
@@ -17,7 +18,20 @@ def mlerp_backward(grad: Tensor, x: Tensor, size: Tensor, assignment: Tensor, ke
     """Pull the gradient `[B, M, C]` of an MLERP back to its input x `[B, N, C]`.
 
     Not differentiable a second time. Sources and formula: `merging.mlerp_gradient`.
+
+    Args:
+        grad: `[B, M, C]`, floating point.
+        x: `[B, N, C]`, floating point.
+        size: `[B, N]` float32.
+        assignment: `[B, N]` int64 of the reduction.
+        kept: `[B, M]` int64 of the reduction.
+
+    Raises:
+        ValueError: shapes or dtypes other than the above, or assignment and kept of different reductions.
+        IndexError: an index out of range.
     """
+    _check("mlerp_backward", grad, x, size, assignment, kept)
+    check_one_reduction("mlerp_backward", assignment, kept)
     (batch, tokens), left = assignment.shape, kept.shape[1]
     grad = grad.flatten(0, 1)
     if left == tokens or batch == 0:
@@ -28,7 +42,17 @@ def mlerp_backward(grad: Tensor, x: Tensor, size: Tensor, assignment: Tensor, ke
 
 @mlerp_backward.register_fake
 def _(grad: Tensor, x: Tensor, size: Tensor, assignment: Tensor, kept: Tensor) -> Tensor:
+    _check("mlerp_backward", grad, x, size, assignment, kept)
     return grad.new_empty(x.shape)
+
+
+def _check(op: str, grad: Tensor, x: Tensor, size: Tensor, assignment: Tensor, kept: Tensor) -> None:
+    check_stream(op, x, size)
+    check_places(op, x, assignment, kept)
+    check_features(op, grad, "grad")
+    if grad.shape != (*kept.shape, x.shape[2]):
+        raise ValueError(f"{op}: grad must be {[*kept.shape, x.shape[2]]}, got {list(grad.shape)}")
+    check_device(op, x, "grad", grad)
 
 
 def save_for_gradient(

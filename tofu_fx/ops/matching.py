@@ -69,24 +69,36 @@ def max_reduction(num_tokens: int, num_prefix: int = 0, num_suffix: int = 0, gri
     return max(num_tokens - num_prefix - num_suffix, 0) // 2
 
 
-@functools.lru_cache(maxsize=64)
 def sides(free: int, grid: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the places of the candidates and of the partners among the free tokens, both ascending."""
-    place = torch.arange(free)
-    is_partner = place % 2 == 1
-    if grid:
-        is_partner = torch.zeros(free, dtype=torch.bool).index_fill_(0, _partners_of(Grid(*grid)), True)
-    return place[~is_partner].to(device), place[is_partner].to(device)
+    """Return the places of the candidates and of the partners among the free tokens, both ascending.
+
+    They are made on the device each time: a tensor that is made while a CUDA graph is captured lives in the graph's own
+    memory, so nobody may keep it. On CPU those of a grid, which take forty small calls, are remembered.
+    """
+    if not grid:
+        return torch.arange(0, free, 2, device=device), torch.arange(1, free, 2, device=device)
+    return _remembered_sides(grid) if device.type == "cpu" else _grid_sides(Grid(*grid), device)
 
 
-def _partners_of(grid: Grid) -> Tensor:
+@functools.lru_cache(maxsize=64)
+def _remembered_sides(grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    return _grid_sides(Grid(*grid), torch.device("cpu"))
+
+
+def _grid_sides(grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
+    is_partner = torch.zeros(grid.tokens, dtype=torch.bool, device=device)
+    is_partner.index_fill_(0, _partners_of(grid, device), True)
+    return _true_places(~is_partner, grid.tokens - grid.cells), _true_places(is_partner, grid.cells)
+
+
+def _partners_of(grid: Grid, device: torch.device) -> Tensor:
     """Return the place of each cell's partner."""
-    frame = torch.arange(grid.frames).view(-1, 1, 1)
-    top = torch.arange(0, grid.height, grid.cell).view(1, -1, 1)
-    left = torch.arange(0, grid.width, grid.cell).view(1, 1, -1)
+    frame = torch.arange(grid.frames, device=device).view(-1, 1, 1)
+    top = torch.arange(0, grid.height, grid.cell, device=device).view(1, -1, 1)
+    left = torch.arange(0, grid.width, grid.cell, device=device).view(1, 1, -1)
     row, column = top.expand(grid.frames, -1, left.numel()), left.expand(grid.frames, top.numel(), -1)
     if grid.seed:
-        bits = scatter_bits(torch.arange(1, grid.cells + 1), grid.seed).view(row.shape)
+        bits = scatter_bits(torch.arange(1, grid.cells + 1, device=device), grid.seed).view(row.shape)
         row = row + bits % (grid.height - top).clamp(max=grid.cell)
         column = column + (bits >> 16) % (grid.width - left).clamp(max=grid.cell)
     return ((frame * grid.height + row) * grid.width + column).flatten()

@@ -15,6 +15,15 @@ from .matching import Reduction
 
 STRATEGIES = ("prune", "mean", "mlerp")
 
+#: K members whose weighted sum is at most this many times K u as long as the sum of their weighted norms cancel, with u
+#: half of the dtype's eps. Rounding puts a sum of K terms off by up to K u of that: what is shorter has no direction
+#: that is known, and one that is just longer is off by 1/64. Even random directions leave 1/sqrt(K), so that a float32
+#: sum is cut off by mistake in groups of more than 4000 unlike tokens only.
+CANCELLED = 64
+#: Of members that cancel, the first whose norm is within a thousandth of the largest stays. Two opposite ones are as
+#: long as each other but for rounding, which must not choose.
+NEARLY_LARGEST = 1 - 2.0**-10
+
 
 class Groups(NamedTuple):
     """The groups of a batch that merge: K sources and G destinations are L = K + G members.
@@ -68,6 +77,10 @@ class Groups(NamedTuple):
             rows = torch.arange(table.shape[0], device=table.device)
         return torch.embedding_bag(table, rows, self.start, False, 0, False, weights)[0]
 
+    def largest(self, values: Tensor) -> Tensor:
+        """Return the largest of `values` `[L]` in each group: `[G]`; NaN if there is one."""
+        return values.index_select(0, self.start).scatter_reduce_(0, self.group, values, "amax")
+
     def write(self, out: Tensor, place: Tensor, values: Tensor) -> None:
         """Write `values[g]` to `out[place[g]]`."""
         if self.padded:  # One write for each source: a group with several writes the same bits again.
@@ -117,25 +130,23 @@ def mlerp_gradient(grad: Tensor, x: Tensor, size: Tensor, reduction: Reduction, 
     """Return the gradient `[B * N, C]` of MLERP with respect to x, for `grad` `[B * M, C]`.
 
     With s the weighted sum, u = s/|s| and n = |x_k*| the largest member norm, y = n u. So a member k gets
-    w_k n/|s| (g - (g.u) u), and the member k* which sets the norm gets (g.u) x_k*/n besides. Where |s| = 0, y = x_k*.
+    w_k n/|s| (g - (g.u) u), and the member k* which sets the norm gets (g.u) x_k*/n besides. Where members cancel,
+    y = x_k*. All of it is the same if x is scaled.
     """
     groups = Groups.of(reduction, padded)
-    rows = x.index_select(0, groups.member).to(_wide(x.dtype))
-    weight = size.index_select(0, groups.member).to(rows.dtype)
-    summed = groups.sum(rows, weights=weight)
-    norm, largest = _largest(rows, groups)
-    chosen = _largest_member(norm, largest, groups)
-    length = torch.linalg.vector_norm(summed, dim=1)
-    zero = (length == 0).unsqueeze(1)
+    blend = _Blend.of(x, size.index_select(0, groups.member), groups)
+    chosen = _largest_member(blend, groups)
     spread = grad.index_select(0, reduction.place)
-    g = spread.index_select(0, groups.target).to(rows.dtype)
-    unit = summed / length.unsqueeze(1)
+    g = spread.index_select(0, groups.target).to(blend.rows.dtype)
+    unit = blend.summed / blend.length.unsqueeze(1)
     along = (g * unit).sum(1, keepdim=True)
-    by_sum = torch.where(zero, 0.0, (largest / length).unsqueeze(1) * (g - along * unit))
-    by_norm = torch.where(zero, g, along * x.index_select(0, chosen) / largest.unsqueeze(1))
+    cancelled = blend.cancelled.unsqueeze(1)
+    by_sum = torch.where(cancelled, 0.0, (blend.largest / blend.length).unsqueeze(1) * (g - along * unit))
+    along = along.index_select(0, groups.group) / blend.largest.index_select(0, groups.group).unsqueeze(1)
+    by_norm = torch.where(cancelled.index_select(0, groups.group), g.index_select(0, groups.group), along * blend.rows)
     sets_norm = (chosen.index_select(0, groups.group) == groups.member).unsqueeze(1)
-    values = weight.unsqueeze(1) * by_sum.index_select(0, groups.group)
-    values += torch.where(sets_norm, by_norm.index_select(0, groups.group), 0.0)
+    values = blend.weight.unsqueeze(1) * by_sum.index_select(0, groups.group)
+    values += torch.where(sets_norm, by_norm, 0.0)
     groups.write_members(spread, values.to(grad.dtype))
     return spread
 
@@ -159,30 +170,60 @@ def _mean(x: Tensor, weight: Tensor, total: Tensor, groups: Groups) -> Tensor:
     return summed.div_(total.unsqueeze(1)).to(x.dtype)
 
 
+class _Blend(NamedTuple):
+    """What MLERP and its gradient are made of, in at least float32. All but the weights are times `scale`.
+
+    `rows` `[L, C]`, `weight` and `norm` `[L]` are the members'; `summed` `[G, C]` the weighted sums, which have the
+    direction of the means; `length` and `largest` `[G]` the norm of the sum and the largest of a member; `cancelled`
+    `[G]` where the sum is rounding and no more.
+    """
+
+    rows: Tensor
+    weight: Tensor
+    norm: Tensor
+    summed: Tensor
+    length: Tensor
+    largest: Tensor
+    cancelled: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, weight: Tensor, groups: Groups) -> _Blend:
+        rows = x.index_select(0, groups.member).to(_wide(x.dtype))
+        weight = weight.to(rows.dtype)
+        scale = _scale(groups.largest(torch.linalg.vector_norm(rows, torch.inf, dim=1)))
+        rows *= scale.index_select(0, groups.group).unsqueeze(1)
+        summed = groups.sum(rows, weights=weight)
+        norm, length = torch.linalg.vector_norm(rows, dim=1), torch.linalg.vector_norm(summed, dim=1)
+        reach, members = groups.sum(torch.stack([weight * norm, torch.ones_like(norm)], dim=1)).unbind(1)
+        cancelled = length <= members * (CANCELLED * torch.finfo(rows.dtype).eps / 2) * reach
+        return cls(rows, weight, norm, summed, length, groups.largest(norm), cancelled, scale)
+
+
+def _scale(largest: Tensor) -> Tensor:
+    """Return the powers of two that bring `largest` to where squares neither overflow nor vanish.
+
+    They are 1 for all ordinary numbers, and the bits of a result are the same as without them.
+    """
+    usual = 40 if largest.dtype == torch.float32 else 400
+    exponent = torch.frexp(torch.where(largest.isfinite(), largest, 1.0)).exponent
+    return torch.ldexp(torch.ones_like(largest), exponent.clamp(-usual, usual) - exponent)
+
+
 def _mlerp(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
-    rows = x.index_select(0, groups.member).to(_wide(x.dtype))
-    # The sum has the direction of the mean. Weights are whole numbers as a rule, so members that cancel do so exactly.
-    summed = groups.sum(rows, weights=weight.to(rows.dtype))
-    norm, largest = _largest(rows, groups)
-    length = torch.linalg.vector_norm(summed, dim=1)
-    values = summed.mul_((largest / length).unsqueeze(1)).to(x.dtype)
-    zero = length == 0
-    if groups.padded or zero.any():
-        chosen = _largest_member(norm, largest, groups)
-        values = torch.where(zero.unsqueeze(1), x.index_select(0, chosen), values)
+    blend = _Blend.of(x, weight, groups)
+    values = blend.summed.mul_((blend.largest / blend.length).unsqueeze(1)).div_(blend.scale.unsqueeze(1)).to(x.dtype)
+    if groups.padded or blend.cancelled.any():
+        chosen = _largest_member(blend, groups)
+        values = torch.where(blend.cancelled.unsqueeze(1), x.index_select(0, chosen), values)
     return values
 
 
-def _largest(rows: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
-    """Return the norms `[L]` of rows `[L, C]`, and each group's largest `[G]`."""
-    norm = torch.linalg.vector_norm(rows, dim=1)
-    return norm, norm.index_select(0, groups.start).scatter_reduce_(0, groups.group, norm, "amax")
-
-
-def _largest_member(norm: Tensor, largest: Tensor, groups: Groups) -> Tensor:
-    """Return the member `[G]` of each group that has its largest norm (ties: first)."""
-    # A NaN norm equals nothing and keeps the destination; the result is NaN whichever member it is.
+def _largest_member(blend: _Blend, groups: Groups) -> Tensor:
+    """Return the member `[G]` of each group that has its largest norm, nearly where members cancel (ties: first)."""
+    # A NaN norm is at least as large as nothing and keeps the destination; the result is NaN whichever member it is.
     none = torch.iinfo(torch.int64).max
-    candidate = torch.where(norm == largest.index_select(0, groups.group), groups.member, none)
+    least = torch.where(blend.cancelled, blend.largest * NEARLY_LARGEST, blend.largest)
+    candidate = torch.where(blend.norm >= least.index_select(0, groups.group), groups.member, none)
     chosen = torch.full_like(groups.target, none).scatter_reduce_(0, groups.group, candidate, "amin")
     return torch.where(chosen == none, groups.target, chosen)

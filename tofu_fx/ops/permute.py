@@ -52,6 +52,9 @@ def permute_tokens(
 
 @permute_tokens.register_fake
 def _(x: Tensor, size: Tensor, seed: int, num_prefix: int, num_suffix: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_stream("permute_tokens", x, size)
+    if isinstance(x.shape[1], int):
+        check_protected("permute_tokens", x.shape[1], num_prefix, num_suffix)
     place = x.new_empty(x.shape[:2], dtype=torch.int64)
     return x.new_empty(x.shape), size.new_empty(size.shape), place, place.new_empty(place.shape)
 

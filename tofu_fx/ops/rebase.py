@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from .checks import check_strategy, check_stream
+from .checks import check_one_reduction, check_places, check_rows, check_size, check_strategy, check_stream
 from .gradient import gradient, save_for_gradient
 from .matching import flat_places, reduction_of
 from .merging import reduce_rows
-from .restore import gather_tokens
+from .restore import gather_given
 
 _library = torch.library.Library("tofu", "FRAGMENT")
 _library.define("rebase(Tensor x, Tensor size, Tensor assignment, Tensor kept, str strategy) -> Tensor")
@@ -20,12 +20,15 @@ _library.define("rebase(Tensor x, Tensor size, Tensor assignment, Tensor kept, s
 
 @torch.library.custom_op("tofu::merge_groups", mutates_args=())
 def merge_groups(x: Tensor, size: Tensor, assignment: Tensor, kept: Tensor, strategy: str) -> tuple[Tensor, Tensor]:
-    """Reduce x `[B, N, C]` and size `[B, N]` by a given assignment: the code, and so the bits, of `fuse_tokens`."""
-    check_stream("rebase", x, size)
-    check_strategy(strategy)
+    """Reduce x `[B, N, C]` and size `[B, N]` by a given assignment: the code, and so the bits, of `fuse_tokens`.
+
+    Args and errors: `rebase`, for floating point x and any strategy.
+    """
+    _check("merge_groups", x, size, assignment, kept, strategy)
     (batch, tokens, features), left = x.shape, kept.shape[1]
     if cpu.usable(x) and batch and left < tokens:
         return cpu.merge(x, size, assignment, kept, strategy)
+    check_one_reduction("merge_groups", assignment, kept)
     x, size = x.flatten(0, 1), size.flatten()
     if left == tokens or batch == 0:
         rows = flat_places(kept, tokens)
@@ -37,9 +40,15 @@ def merge_groups(x: Tensor, size: Tensor, assignment: Tensor, kept: Tensor, stra
 
 @merge_groups.register_fake
 def _(x: Tensor, size: Tensor, assignment: Tensor, kept: Tensor, strategy: str) -> tuple[Tensor, Tensor]:
-    check_stream("rebase", x, size)
+    _check("merge_groups", x, size, assignment, kept, strategy)
     batch, left = kept.shape
     return x.new_empty((batch, left, x.shape[2])), size.new_empty((batch, left))
+
+
+def _check(op: str, x: Tensor, size: Tensor, assignment: Tensor, kept: Tensor, strategy: str) -> None:
+    check_stream(op, x, size)
+    check_places(op, x, assignment, kept)
+    check_strategy(strategy)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -70,7 +79,10 @@ def rebase(x: Tensor, size: Tensor, assignment: Tensor, kept: Tensor, strategy: 
         `[B, M, F]` in x's dtype. "prune" decomposes into one gather, the others are opaque.
 
     Raises:
-        ValueError: an unknown strategy, or x and size that do not fit together.
+        ValueError: an unknown strategy, shapes or dtypes other than the above, or assignment and kept of different
+            reductions (not looked at for "prune", which reads kept alone).
+        IndexError: an index out of range. On other devices than CPU, and in a compiled graph, such an index is the
+            RuntimeError of PyTorch's own indexing.
     """
     return torch.ops.tofu.rebase(x, size, assignment, kept, strategy)
 
@@ -78,7 +90,10 @@ def rebase(x: Tensor, size: Tensor, assignment: Tensor, kept: Tensor, strategy: 
 def _rebase(x: Tensor, size: Tensor, assignment: Tensor, kept: Tensor, strategy: str) -> Tensor:
     check_strategy(strategy)
     if strategy == "prune":
-        return gather_tokens(x, kept)
+        check_rows("rebase", x)
+        check_size("rebase", x, size)
+        check_places("rebase", x, assignment, kept)
+        return gather_given("rebase", x, "kept", kept)
     return merge_groups(x, size, assignment, kept, strategy)[0]
 
 

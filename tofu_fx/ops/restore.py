@@ -5,8 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .checks import check_device, check_index, check_range, check_rows, readable
+
 _library = torch.library.Library("tofu", "FRAGMENT")
 _library.define("restore_tokens(Tensor x, Tensor assignment, Tensor? before=None, Tensor? merged=None) -> Tensor")
+
+
+def gather_given(op: str, x: Tensor, name: str, index: Tensor) -> Tensor:
+    """`gather_tokens` by an index that may hold anything. PyTorch would count a negative one from the end."""
+    check_range(op, name, index, x.shape[1])
+    if not readable(index):
+        index = index.masked_fill(index < 0, x.shape[1])
+    return gather_tokens(x, index)
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
@@ -21,7 +31,7 @@ def restore_tokens(x: Tensor, assignment: Tensor, before: Tensor | None = None, 
     Source: the design's "Token axes". Decomposes into plain ATen operators, which the compiler fuses with their users.
 
     Args:
-        x: `[B, M, C]` the reduced stream now.
+        x: `[B, M, C]` the reduced stream now, any dtype.
         assignment: `[B, N]` int64, where each token went.
         before: `[B, N, C]` the stream just before the reduction.
         merged: `[B, M, C]` the stream just after it.
@@ -31,7 +41,9 @@ def restore_tokens(x: Tensor, assignment: Tensor, before: Tensor | None = None, 
         features and what its representative has gained since. A token that the reduction left as it was gets x's bits.
 
     Raises:
-        ValueError: one of before and merged without the other.
+        ValueError: one of before and merged without the other, or shapes and dtypes other than the above.
+        IndexError: a place out of range. On other devices than CPU, and in a compiled graph, such a place is the
+            RuntimeError of PyTorch's own indexing.
     """
     return torch.ops.tofu.restore_tokens(x, assignment, before, merged)
 
@@ -42,9 +54,15 @@ def _restore_tokens(
     if (before is None) != (merged is None):
         missing = "before" if before is None else "merged"
         raise ValueError(f"restore_tokens: before and merged belong together, but {missing} is missing")
-    whole = gather_tokens(x, assignment)
+    check_rows("restore_tokens", x)
+    check_index("restore_tokens", x, "assignment", assignment)
+    whole = gather_given("restore_tokens", x, "assignment", assignment)
     if before is None or merged is None:
         return whole
+    for name, given, expected in (("before", before, whole), ("merged", merged, x)):
+        if given.shape != expected.shape:
+            raise ValueError(f"restore_tokens: {name} must be {list(expected.shape)}, got {list(given.shape)}")
+        check_device("restore_tokens", x, name, given)
     # In this order an untouched token adds an exact zero.
     return whole + (before - gather_tokens(merged, assignment))
 

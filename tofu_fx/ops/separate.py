@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .checks import check_device, check_features
+
 _library = torch.library.Library("tofu", "FRAGMENT")
 _library.define("separate(Tensor metric, Tensor valid) -> Tensor")
 
@@ -26,11 +28,21 @@ def separate(metric: Tensor, valid: Tensor) -> Tensor:
 
     Returns:
         `[B, N, M + 1]` float32.
+
+    Raises:
+        ValueError: shapes or dtypes other than the above.
     """
     return torch.ops.tofu.separate(metric, valid)
 
 
 def _separate(metric: Tensor, valid: Tensor) -> Tensor:
+    check_features("separate", metric, "metric")
+    batch, tokens, _ = metric.shape
+    fits = valid.dim() == 3 and valid.shape[1:] == (tokens, 1) and (valid.shape[0] == 1 or valid.shape[0] == batch)
+    if not fits or valid.dtype != torch.bool:
+        given = f"{str(valid.dtype).removeprefix('torch.')} {list(valid.shape)}"
+        raise ValueError(f"separate: valid must be bool [{batch}, {tokens}, 1] or [1, {tokens}, 1], got {given}")
+    check_device("separate", metric, "valid", valid)
     metric = metric.float()
     unit = metric * (_UNIT / torch.linalg.vector_norm(metric, dim=-1, keepdim=True))
     unit = torch.where(valid & torch.isfinite(unit), unit, 0.0)
