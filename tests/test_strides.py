@@ -133,3 +133,11 @@ def test_windows_that_overlap_are_a_barrier() -> None:
     windows = torch.arange(10.0).unfold(0, 4, 2)
     with pytest.raises(Barrier, match="overlaps itself in memory"):
         laid_out(windows, windows.contiguous())
+
+
+def test_class_token_of_a_symbolic_batch_keeps_its_strides() -> None:
+    call, x = compiled(Read(lambda x: x[:, 0]), r=4), ZOO["vit"].inputs(3)
+    torch._dynamo.mark_dynamic(x, 0)
+    with torch.no_grad():
+        assert call(x).stride() == (37 * 48, 1)
+        assert call(ZOO["vit"].inputs(2)).stride() == (37 * 48, 1)

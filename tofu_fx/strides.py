@@ -8,13 +8,14 @@ of the next graph), so every output of a rewritten graph gets its traced strides
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from tofu_fx.layout import Emitter, aten
+from tofu_fx.layout import Count, Emitter, aten
 from tofu_fx.tokens import Barrier, hint
 
 
@@ -31,7 +32,7 @@ def as_traced(emit: Emitter, was: torch.Tensor, new: Node) -> Node:
     A dim of stride 0 (of ``expand``) is taken once and expanded.
 
     Raises:
-        Barrier: the layout overlaps itself, or has gaps of symbolic size.
+        Barrier: the layout overlaps itself, or has gaps whose width changes between calls.
     """
     strides = strides_of(was)
     if strides == strides_of(new.meta["val"]):
@@ -47,9 +48,7 @@ def as_traced(emit: Emitter, was: torch.Tensor, new: Node) -> Node:
     if extents[0] == math.prod(sizes[dim] for dim in apart):
         new = _in_order(emit, new, [*(dim for dim in range(was.dim()) if not strides[dim]), *apart])
     else:
-        new = _with_gaps(
-            emit, new, [1 if dim in repeated else size for dim, size in enumerate(was.shape)], was, extents[0]
-        )
+        new = _with_gaps(emit, new, was.stride(), apart)
     if repeated:
         shape = [_known(size) if dim in repeated else -1 for dim, size in enumerate(was.shape)]
         new = emit.call(aten.expand.default, new, shape)
@@ -62,9 +61,15 @@ def _in_order(emit: Emitter, new: Node, order: list[int]) -> Node:
     return emit.call(aten.permute.default, dense, [order.index(dim) for dim in range(len(order))])
 
 
-def _with_gaps(emit: Emitter, new: Node, shape: Sequence[Any], strides: Sequence[Any], extent: int) -> Node:
+def _with_gaps(emit: Emitter, new: Node, strides: Sequence[Any], apart: Sequence[int]) -> Node:
     """Written into memory of its own that has room for what lay between."""
-    size, stride = [_known(n) for n in shape], [_known(n) for n in strides]
+    shape: Sequence[Any] = new.meta["val"].shape
+    size = [n if isinstance(n, int) else emit.once(aten.sym_size.int, new, dim) for dim, n in enumerate(shape)]
+    stride = [_known(strides[dim]) if dim in apart else 1 for dim in range(len(shape))]
+    extent: Count = 1
+    for dim in apart:
+        reach = emit.arithmetic(operator.mul, emit.arithmetic(operator.sub, size[dim], 1), stride[dim])
+        extent = emit.arithmetic(operator.add, extent, reach)
     memory = emit.call(aten.new_zeros.default, new, [extent])
     memory = emit.call(aten.as_strided_scatter.default, memory, new, size, stride, 0)
     return emit.call(aten.as_strided.default, memory, size, stride, 0)
