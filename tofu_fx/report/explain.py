@@ -17,6 +17,7 @@ from tofu_fx.planning.batches import Batch
 from tofu_fx.planning.flops import count_flops
 from tofu_fx.planning.plan import Plan, PlanRow
 from tofu_fx.planning.site import Site
+from tofu_fx.summary import summarise
 
 
 @dataclass
@@ -48,6 +49,8 @@ class GraphReport:
     seconds: dict[str, float]
     unknown_ops: dict[str, int]
     plan_rows: list[PlanRow]
+    #: see :class:`tofu_fx.backend.Outcome`
+    state: str
 
 
 @dataclass
@@ -55,6 +58,8 @@ class Explanation:
     """What the compiler would do. ``print()`` shows it as a table; the fields are there to be read."""
 
     graphs: list[GraphReport] = field(default_factory=list)
+    #: one line for the whole model: "3 of 4 attention sites reduced in 3 graphs", or why nothing was accelerated
+    summary: str = ""
 
     @property
     def sites(self) -> list[SiteRow]:
@@ -121,8 +126,10 @@ class Explanation:
             tokens = str(row.tokens_in) if row.reason else f"{row.tokens_in} → {row.tokens_out}"
             table.add_row(row.id, str(row.heads), tokens, "" if row.reason else row.strategy, row.reason)
         console.print(table)
-        for graph in self.graphs:
-            console.print(graph.outcome)
+        console.print(self.summary, markup=False)
+        for number, graph in enumerate(self.graphs):
+            if len(self.graphs) > 1 and graph.state != "empty":
+                console.print(f"graph {number}: {graph.outcome}", markup=False)
         ratio = f" ({self.flops_after / self.flops_before:.2f} of plain)" if self.flops_before else ""
         console.print(
             f"sites: {self.matched} matched, {self.declined} declined;  tokens: {self.tokens_before} → "
@@ -162,11 +169,15 @@ def explain(
     parsed = Options.parse(options)
     explanation = Explanation()
 
+    outcomes: list[Outcome] = []
+
     def collect(gm: GraphModule, inputs: Any) -> Any:
-        explanation.graphs.append(_report(rewrite(gm, parsed, inputs), len(explanation.graphs)))
+        outcomes.append(rewrite(gm, parsed, inputs))
         return gm.forward
 
     run_once(model, collect, example_inputs, example_kwargs)
+    explanation.graphs = [_report(outcome, number) for number, outcome in enumerate(outcomes)]
+    explanation.summary = summarise(outcomes)
     return explanation
 
 
@@ -182,7 +193,7 @@ def share_of_flops(model: Any, batch: Batch, options: Mapping[str, Any]) -> floa
 def _report(outcome: Outcome, number: int) -> GraphReport:
     compilation = outcome.compilation
     if compilation is None or compilation.before is None:
-        return GraphReport(outcome.message, [], [], "", "", 0, 0, {}, {}, [])
+        return GraphReport(outcome.message, [], [], "", "", 0, 0, {}, {}, [], outcome.state)
     rows = [PlanRow.of(s, number) for s in compilation.sites if s.planned]
     after = compilation.gm if compilation.reducing else compilation.before
     return GraphReport(
@@ -196,6 +207,7 @@ def _report(outcome: Outcome, number: int) -> GraphReport:
         compilation.seconds,
         compilation.axes.unknown_ops if compilation.axes else {},
         rows,
+        outcome.state,
     )
 
 
