@@ -81,7 +81,7 @@ def test_inner_backend_that_fails_on_the_rewritten_graph_gets_the_untouched_one(
 
 def test_inner_backend_that_fails_on_the_rewritten_graph_raises_if_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
     fail_on_rewritten(monkeypatch)
-    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="failed on the rewritten graph.*no such kernel"):
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="failed on the rewritten graph"):
         run(ZOO["vit"].model(), ZOO["vit"].inputs(), "raise")
 
 
@@ -134,7 +134,7 @@ def test_whole_training_step_is_compiled_without_a_word(name: str) -> None:
 
         def step(x: Tensor, call: Any = None, optimizer: Any = optimizer, model: Any = model) -> Tensor:
             optimizer.zero_grad()
-            loss = (call or model)(x).square().mean()
+            loss = (model if call is None else call)(x).square().mean()
             loss.backward()
             optimizer.step()
             return loss.detach()
