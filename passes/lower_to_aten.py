@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.fx.traceback as fx_traceback
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -22,6 +22,7 @@ from tofu_fx.autocast import Autocasts
 from tofu_fx.compilation import Compilation
 from tofu_fx.errors import Unsupported
 from tofu_fx.graphs import is_impure, source_line
+from tofu_fx.held import fake_of, lift_tensors, put_back
 from tofu_fx.recorder import record
 from tofu_fx.spellings import respell
 
@@ -31,25 +32,24 @@ def lower_to_aten(compilation: Compilation) -> None:
 
     Raises:
         Unsupported: for higher-order ops (activation checkpointing, autograd.Function, flex_attention, cond): inlining
-            them would lose what they are for, or give wrong gradients.
+            them would lose what they are for, or give wrong gradients. For the transforms of torch.func (vmap, grad,
+            jvp), inside of which tensors are wrapped.
     """
     traced = compilation.gm
-    for node in traced.graph.nodes:
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
-            name = node.target.name()
-            instead = "; scaled_dot_product_attention can" if "flex_attention" in name else ""
-            raise Unsupported(
-                f"the graph holds the higher-order op {name}{source_line(node)}, which cannot be inlined{instead}"
-            )
+    _refuse_what_cannot_be_inlined(traced)
     before = traced.graph.find_nodes(op="placeholder")
-    fakes = [node.meta.get("example_value", node.meta.get("val")) for node in before]
-    modes = {fake.fake_mode for fake in fakes if isinstance(fake, torch._subclasses.FakeTensor)}
-    if len(modes) != 1:
+    lifted, held = lift_tensors(traced)
+    fakes = [fake_of(node) for node in lifted.graph.find_nodes(op="placeholder")]
+    modes = {fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor)}
+    if not modes:
         raise Unsupported("the graph has no tensor input")
+    if len(modes) > 1:
+        raise Unsupported("the graph's inputs were traced in several fake modes, which cannot be mixed")
     # The placeholders' own fake mode: the one in the tracing context is another, and mixing the two is refused.
     (fake_mode,) = modes
     with torch._guards.tracing(None):
-        lowered = record(traced, fakes, fake_mode) or _trace(traced, fakes, fake_mode)
+        lowered = record(lifted, fakes, fake_mode) or _trace(lifted, fakes, fake_mode)
+    put_back(lowered, held)
     after = lowered.graph.find_nodes(op="placeholder")
     for old, new in zip(before, after, strict=True):
         _carry_over(old, new)
@@ -59,6 +59,23 @@ def lower_to_aten(compilation: Compilation) -> None:
     outputs, _ = torch.utils._pytree.tree_flatten(lowered.graph.output_node().args[0])
     compilation.traced_outputs = [out.meta.get("val") if isinstance(out, Node) else out for out in outputs]
     compilation.gm = lowered
+
+
+def _refuse_what_cannot_be_inlined(traced: GraphModule) -> None:
+    for node in traced.graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            name = node.target.name()
+            instead = "; scaled_dot_product_attention can" if "flex_attention" in name else ""
+            raise Unsupported(
+                f"the graph holds the higher-order op {name}{source_line(node)}, which cannot be inlined{instead}"
+            )
+        transform = re.fullmatch(r"_(\w+)_increment_nesting", getattr(node.target, "__name__", ""))
+        if transform is not None:
+            raise Unsupported(
+                f"the graph holds torch.func's {transform.group(1)}{source_line(node)} at node {node.name}: the "
+                "tensors inside are wrapped, so that what is done to them cannot be recorded ahead of autograd; call "
+                "it outside of the compiled function, or write it with batched operators"
+            )
 
 
 def _trace(traced: GraphModule, fakes: Sequence[Any], fake_mode: FakeTensorMode) -> GraphModule:
@@ -94,9 +111,9 @@ def _carry_over(old: Node, new: Node) -> None:
     new.meta.update({key: value for key, value in old.meta.items() if key not in new.meta})
     new.name = old.name
     new.target = old.target
-    source = getattr(old, "_dynamo_source", None)
-    if source is not None:
-        new._dynamo_source = source  # type: ignore[attr-defined]
+    # DistributedDataParallel's buckets have inputs without a source; AOTAutograd wants the attribute all the same.
+    if hasattr(old, "_dynamo_source"):
+        new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
 
 
 def _is_state(node: Node) -> bool:

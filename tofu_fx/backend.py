@@ -1,4 +1,4 @@
-"""The torch.compile backend: Dynamo's graph in, a compiled callable out. The only file that knows Dynamo.
+"""The torch.compile backend: Dynamo's graph in, a compiled callable out. It and ``dynamo.py`` know Dynamo.
 
 ``torch.compile(model, backend="tofu", options={...})`` finds :func:`tofu` by its name in the entry point group
 ``torch_dynamo_backends``, so installing the package is all there is to do.
@@ -6,25 +6,24 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch.fx import GraphModule
 
 from tofu_fx.compilation import Compilation
-from tofu_fx.errors import OptionError, PassError, PlanError, TofuError, TofuWarning, Unsupported
+from tofu_fx.dynamo import CONTROL_FLOW, compilations_of_last, is_ddp_bucket
+from tofu_fx.errors import OptionError, PassError, PlanError, TofuError, Unsupported
+from tofu_fx.graphs import may_multiply
 from tofu_fx.guards import guarded
 from tofu_fx.inputs import carry_over, fake_mode_of
 from tofu_fx.options import Options
 from tofu_fx.pipeline import run_pipeline
 from tofu_fx.planning.flops import node_flops
-
-logger = logging.getLogger("tofu_fx")
+from tofu_fx.summary import NOTHING, note, warn
 
 
 def tofu(
@@ -47,22 +46,58 @@ def tofu(
 
     Raises:
         OptionError, PlanError: wrong options, or a plan that does not fit. Dynamo wraps them in BackendCompilerFailed.
-        PassError: a pass failed and ``on_error`` is "raise".
+        PassError: a pass failed, or the inner backend on what the passes made, and ``on_error`` is "raise".
         TofuError: inductor is asked for on a CPU without a C++ compiler.
     """
     parsed = Options.parse(options, mode)
     _check_compiler(parsed, example_inputs)
     if not parsed.reduces:
         return _inner(gm, example_inputs, parsed)
-    outcome = rewrite(gm, parsed, example_inputs, shared_kernels=parsed.inner_backend == "inductor")
+    # A bucket of DistributedDataParallel's is compiled in Dynamo's own context, from which the next one is made.
+    shared = parsed.inner_backend == "inductor" and not is_ddp_bucket(gm)
+    outcome = rewrite(gm, parsed, example_inputs, shared_kernels=shared)
+    run = None
+    if outcome.state == "reduced":
+        try:
+            run = _compile_rewritten(gm, outcome, example_inputs, parsed)
+        except _NOT_A_FAILURE:
+            raise
+        except Exception as error:
+            outcome = _failed(f"{parsed.inner_backend} failed on the rewritten graph: {_told(error)}", parsed, error)
     for message in outcome.warnings:
-        warnings.warn(f"tofu_fx: {message}", TofuWarning, stacklevel=2)
-    compilation = outcome.compilation
-    if compilation is None or not compilation.reducing:
+        warn(message)
+    model = note(outcome)
+    if run is None:
         return _inner(gm, example_inputs, parsed)
+    if is_ddp_bucket(gm):
+        model.say_once(_BUCKETS)
+    count = compilations_of_last()
+    if count is not None:
+        model.say_once(_LIMIT.format(count=count))
+    return run
+
+
+_NOT_A_FAILURE: tuple[type[Exception], ...] = (OptionError, *CONTROL_FLOW)
+_BUCKETS = (
+    "DistributedDataParallel's buckets cut the model into several graphs, and every token is whole again at each cut; "
+    "with torch._dynamo.config.optimize_ddp = False the model is one graph: gradients are then reduced between the "
+    "processes after the whole backward pass instead of during it"
+)
+_LIMIT = (
+    "a function was compiled for {count} kinds of input, which is torch._dynamo.config.recompile_limit: for any other "
+    "(length, image size, batch) it will run as it is, neither compiled nor reduced. Pad the inputs to few lengths, or "
+    "raise torch._dynamo.config.recompile_limit before the first call"
+)
+
+
+def _compile_rewritten(
+    gm: GraphModule, outcome: Outcome, example_inputs: Sequence[Any], options: Options
+) -> Callable[..., Any]:
+    compilation = outcome.compilation
+    assert compilation is not None
     carry_over(gm, compilation.gm)
     guards = [compilation.guards[site.id] for site in compilation.reducing if site.id in compilation.guards]
-    run = _reduced(compilation, example_inputs, parsed)
+    run = _reduced(compilation, example_inputs, options)
     return guarded(run, gm, list(dict.fromkeys(guards))) if guards else run
 
 
@@ -79,11 +114,17 @@ def _reduced(compilation: Compilation, example_inputs: Sequence[Any], options: O
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one graph: the compilation (None where the passes could not run) and what must be said aloud."""
+    """What became of one graph.
+
+    ``compilation`` is None where the passes could not run; ``warnings`` are said of this graph, whatever became of the
+    model's others. States: "reduced"; "idle": nothing could be reduced; "empty": there was nothing to reduce, without
+    any product of matrices; "failed": on the way, so that the graph is compiled untouched.
+    """
 
     compilation: Compilation | None
     message: str
     warnings: tuple[str, ...] = ()
+    state: Literal["reduced", "idle", "empty", "failed"] = "idle"
 
 
 def rewrite(
@@ -94,25 +135,39 @@ def rewrite(
     Raises:
         OptionError, PlanError: always. PassError: if ``on_error`` is "raise".
     """
+    if not any(map(may_multiply, gm.graph.nodes)):
+        # An optimizer's step, or a fragment between two graph breaks.
+        return Outcome(None, f"{NOTHING}the graph has no product of matrices", state="empty")
     try:
-        compilation = run_pipeline(gm, options, example_inputs, shared_kernels=shared_kernels)
+        return _outcome(run_pipeline(gm, options, example_inputs, shared_kernels=shared_kernels))
     except (OptionError, PlanError):
         raise
     except Unsupported as reason:
-        message = f"nothing was accelerated: {reason}"
-        return Outcome(None, message, (message,))
-    except PassError as error:
-        if options.on_error == "raise":
-            raise
-        message = f"the graph was compiled untouched, because a pass failed: {error}"
-        return Outcome(None, message, (message,))
-    notes = tuple(f"{site.id}: {note}" for site in compilation.sites for note in site.notes)
+        return Outcome(None, f"{NOTHING}{reason}")
+    except Exception as error:
+        return _failed(f"a pass failed: {_told(error)}", options, error)
+
+
+def _failed(why: str, options: Options, error: Exception) -> Outcome:
+    """The outcome of a graph that is compiled untouched because of an error, which is raised if that is asked for."""
+    if options.on_error == "raise":
+        raise error if isinstance(error, PassError) else PassError(why) from error
+    message = f"the graph was compiled untouched, because {why}"
+    return Outcome(None, message, (message,), "failed")
+
+
+def _told(error: Exception) -> str:
+    """An error in words: ours say by themselves what they are."""
+    return str(error) if isinstance(error, PassError) else f"{type(error).__name__}: {error}"
+
+
+def _outcome(compilation: Compilation) -> Outcome:
+    notes = tuple(f"{site.id}: {site_note}" for site in compilation.sites for site_note in site.notes)
     if _is_one_block(compilation):
         notes = (*notes, _ONE_BLOCK[compilation.reducing[0].placement])
     if compilation.reducing:
         message = f"{len(compilation.reducing)} of {len(compilation.sites)} attention sites reduced"
-        logger.info(message)
-        return Outcome(compilation, message, notes)
+        return Outcome(compilation, message, notes, "reduced")
     if not compilation.sites:
         why = "the graph has no attention between pairs of tokens (linear attention has none)"
     elif not any(site.matched for site in compilation.sites):
@@ -120,11 +175,8 @@ def rewrite(
         why = "every attention was declined: " + "; ".join(reasons[:3]) + ("; ..." if len(reasons) > 3 else "")
     else:
         why = "the options or the plan take no token from any attention site"
-    message = f"nothing was accelerated: {why}"
-    if not compilation.sites and not any(node_flops(node) for node in compilation.gm.graph.nodes):
-        logger.info(message)  # a fragment between two graph breaks: there was nothing to accelerate
-        return Outcome(compilation, message, notes)
-    return Outcome(compilation, message, (*notes, message))
+    multiplies = any(node_flops(node) for node in compilation.gm.graph.nodes)
+    return Outcome(compilation, f"{NOTHING}{why}", notes, "idle" if compilation.sites or multiplies else "empty")
 
 
 _ONE_BLOCK = {

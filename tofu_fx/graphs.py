@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,8 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 
 #: meta key of a size computed by make_polymorphic; it belongs to the one node that uses it
 LITERAL = "tofu_literal"
+_PRODUCT = re.compile("matmul|mm|mv|dot|inner|einsum|linear|conv|attention|lstm|gru|rnn")
+_TORCH = os.path.join(os.path.dirname(torch.__file__), "")
 
 
 def tensor_inputs(node: Node) -> list[Node]:
@@ -62,6 +65,17 @@ def is_alias(node: Node) -> bool:
     return name in maybe or (not schema.is_mutable and any(r.alias_info is not None for r in schema.returns))
 
 
+def may_multiply(node: Node) -> bool:
+    """Whether a node of Dynamo's graph may multiply matrices, as every attention does: judged by its name alone."""
+    if node.op not in ("call_function", "call_method"):
+        return node.op == "call_module"
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return True
+    if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in ("aten", "prims"):
+        return True
+    return _PRODUCT.search(str(getattr(node.target, "__name__", node.target))) is not None
+
+
 def is_impure(node: Node) -> bool:
     """What must stay although nothing uses it: mutation, random state, grad-mode and autocast switches."""
     schema = getattr(node.target, "_schema", None)
@@ -92,10 +106,11 @@ def module_path(node: Node) -> str:
 
 
 def source_line(node: Node) -> str:
-    """`` (file:line)`` of the user's code that made a node, or the empty string."""
+    """`` (file:line)`` of the code that made a node (PyTorch's own where there is no other), or the empty string."""
     trace = node.meta.get("stack_trace") or ""
     places = re.findall(r'File "([^"]+)", line (\d+)', trace)
-    return f" ({places[-1][0]}:{places[-1][1]})" if places else ""
+    file, line = next((p for p in reversed(places) if not p[0].startswith(_TORCH)), places[-1] if places else ("", ""))
+    return f" ({file}:{line})" if file else ""
 
 
 def copy_graph(graph: Graph) -> Graph:

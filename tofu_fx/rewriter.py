@@ -27,6 +27,7 @@ from tofu_fx.planning.site import Branch, Rehearsed, Site
 from tofu_fx.proportional import attention_bias, biased_attention, biased_scores, weighted
 from tofu_fx.sketch import folds
 from tofu_fx.streams import Stream, Version
+from tofu_fx.strides import as_traced
 from tofu_fx.tokens import Axes, Barrier, hint, token_atoms, token_dim
 from tofu_fx.tracer import AxisTracer
 
@@ -233,16 +234,10 @@ class Rewriter:
         return None
 
     def _as_traced(self, old: Node, new: Any) -> Any:
-        """An output in the memory layout that the caller saw traced (convolutions take theirs from their input)."""
         was, now = old.meta.get("val"), new.meta.get("val") if isinstance(new, Node) else None
         if not isinstance(was, torch.Tensor) or not isinstance(now, torch.Tensor):
             return new
-        if was.is_contiguous() == now.is_contiguous():
-            return new
-        # Dims from the widest stride to the narrowest are in the order in which they lie in memory.
-        order = sorted(range(was.dim()), key=lambda dim: -hint(was.stride(dim)))
-        new = self.emit.call(aten.contiguous.default, self.emit.call(aten.permute.default, new, order))
-        return self.emit.call(aten.permute.default, new, [order.index(dim) for dim in range(was.dim())])
+        return as_traced(self.emit, was, new)
 
     def copy(self, node: Node, mapping: dict[Node, Any]) -> Any:
         """Append a node again with some inputs replaced, the others whole."""

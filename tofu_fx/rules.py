@@ -185,6 +185,7 @@ def slice_(tracer: AxisTracer, node: Node) -> Axes:
     if not all(end is None or isinstance(end, int) for end in (first, last)):
         if _has_tokens(axes[d]):
             raise Barrier("tokens are cut at a computed position")
+        tracer.mix(axes[d])
         axes[d] = tracer.space.fresh(f"{node.name}.{d}", node.meta["val"].shape[d])
         return tuple(axes)
     start, stop, step = slice(first, last, argument(node, "step", 1)).indices(size)
@@ -298,6 +299,7 @@ def constant_pad(tracer: AxisTracer, node: Node) -> Axes:
             continue
         if _has_tokens(axes[i]):
             raise Barrier("the token axis is padded")
+        tracer.mix(axes[i])
         axes[i] = tracer.space.fresh(f"{node.name}.{i}", node.meta["val"].shape[i])
     return tuple(axes)
 

@@ -21,6 +21,8 @@ class Space:
     """
 
     aligned: dict[str, str] = field(default_factory=dict)
+    #: nodes whose axes are never those of another tensor: what an op that moved samples gave has a batch of its own
+    unaligned: set[str] = field(default_factory=set)
     _met: list[tuple[str, str]] = field(default_factory=list)
     _shared: dict[str, Dim] = field(default_factory=dict)
     _derived: dict[Any, Any] = field(default_factory=dict)
@@ -56,6 +58,8 @@ class Space:
     def meet(self, a: Dim, b: Dim) -> None:
         """Note that two dimensions of tensors that both depend on the input stood side by side: they are one axis."""
         if len(a) != 1 or len(b) != 1 or a[0].base is b[0].base or a[0].base.symbolic != b[0].base.symbolic:
+            return
+        if {atom.base.name.rpartition(".")[0] for atom in a + b} & self.unaligned:
             return
         if all(atom.base.kind == "plain" and (atom.offset, atom.size) == (0, atom.base.size) for atom in a + b):
             self._met.append((a[0].base.name, b[0].base.name))

@@ -216,6 +216,8 @@ class AxisTracer:
             self.axes[node] = axes
         if not self.tokens(node):
             self.samples.follow(node, inputs, self.parts(node), self._mixed)
+            if node in self.samples.across:
+                self.space.unaligned.add(node.name)
         if self._keeps_weights(node):
             self.weights.add(node)
 

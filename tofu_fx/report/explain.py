@@ -19,6 +19,7 @@ from tofu_fx.planning.counts import stream_of
 from tofu_fx.planning.flops import count_flops
 from tofu_fx.planning.plan import Plan, PlanRow
 from tofu_fx.planning.site import Site
+from tofu_fx.summary import summarise
 from tofu_fx.wording import printable
 
 
@@ -55,6 +56,8 @@ class GraphReport:
     seconds: dict[str, float]
     unknown_ops: dict[str, int]
     plan_rows: list[PlanRow]
+    #: see :class:`tofu_fx.backend.Outcome`
+    state: str
 
 
 @dataclass
@@ -62,6 +65,8 @@ class Explanation:
     """What the compiler would do. ``print()`` shows it as a table; the fields are there to be read."""
 
     graphs: list[GraphReport] = field(default_factory=list)
+    #: one line for the whole model: "3 of 4 attention sites reduced in 3 graphs", or why nothing was accelerated
+    summary: str = ""
 
     @property
     def sites(self) -> list[SiteRow]:
@@ -138,8 +143,10 @@ class Explanation:
             cells = (row.id, str(row.heads), tokens, "" if row.reason else row.strategy, row.reason)
             table.add_row(*(Text(printable(cell)) for cell in cells))
         console.print(table)
-        for graph in self.graphs:
-            console.print(Text(printable(graph.outcome)))
+        console.print(Text(printable(self.summary)))
+        for number, graph in enumerate(self.graphs):
+            if len(self.graphs) > 1 and graph.state != "empty":
+                console.print(Text(printable(f"graph {number}: {graph.outcome}")))
         ratio = f" ({self.flops_after / self.flops_before:.2f} of plain)" if self.flops_before else ""
         counts = ", ".join(f"{before} → {after}" for before, after in self.tokens_of_streams) or "0 → 0"
         console.print(
@@ -180,11 +187,15 @@ def explain(
     parsed = Options.parse(options)
     explanation = Explanation()
 
+    outcomes: list[Outcome] = []
+
     def collect(gm: GraphModule, inputs: Any) -> Any:
-        explanation.graphs.append(_report(rewrite(gm, parsed, inputs), len(explanation.graphs)))
+        outcomes.append(rewrite(gm, parsed, inputs))
         return gm.forward
 
     run_once(model, collect, example_inputs, example_kwargs)
+    explanation.graphs = [_report(outcome, number) for number, outcome in enumerate(outcomes)]
+    explanation.summary = summarise(outcomes)
     return explanation
 
 
@@ -200,7 +211,7 @@ def share_of_flops(model: Any, batch: Batch, options: Mapping[str, Any]) -> floa
 def _report(outcome: Outcome, number: int) -> GraphReport:
     compilation = outcome.compilation
     if compilation is None or compilation.before is None:
-        return GraphReport(outcome.message, [], [], "", "", 0, 0, {}, {}, [])
+        return GraphReport(outcome.message, [], [], "", "", 0, 0, {}, {}, [], outcome.state)
     rows = [PlanRow.of(s, number) for s in compilation.sites if s.planned]
     after = compilation.gm if compilation.reducing else compilation.before
     return GraphReport(
@@ -214,6 +225,7 @@ def _report(outcome: Outcome, number: int) -> GraphReport:
         compilation.seconds,
         compilation.axes.unknown_ops if compilation.axes else {},
         rows,
+        outcome.state,
     )
 
 
