@@ -75,8 +75,9 @@ class Transformer(nn.Module):
 
     ``reducer`` is for a reference in eager mode that reduces tokens by hand behind each attention: an object with
     ``reduce(x, keys)``, ``logits(scores)``, ``rows_of(table)``, ``pairs_of(table)``, ``mean(x, prefix)``,
-    ``restore(x)`` and ``not_additive()``, which work on ``[B, N, C]``, and with the attribute ``origin``. It knows
-    nothing of masks given with the input, of skips and of branches added one by one.
+    ``merged(x)``, ``restore(x)`` and ``not_additive()``,
+    which work on ``[B, N, C]``, and with the attribute ``origin``. It knows
+    nothing of masks given with the input and of branches added one by one.
     """
 
     def __init__(self, spec: Spec) -> None:
@@ -117,6 +118,8 @@ class Transformer(nn.Module):
         earlier = x
         for i, block in enumerate(self.blocks):
             if spec.skip != "none" and i and i == spec.depth - 1:
+                if reducer is not None:
+                    earlier = laid_out(reducer.merged(canonical(earlier, spec, batch)), spec)
                 x = self.join(torch.cat((x, earlier), -1)) if spec.skip == "concatenate" else x + earlier
             places = self._places(batch, reducer) if spec.positions in ("every block", "queries and keys") else None
             if i and spec.positions == "every block":
