@@ -191,7 +191,8 @@ MUTANTS = (
         "prefix + partner[std::find(row, row + partners, best[c]) - row]", "prefix + partner[0]", ("mean",), MATCHING,
         unseen=_NO_CHOICE),
     Mutant("C++: sources are assigned to the first place", "tofu_fx/ops/cpu.cpp",
-        "assignment[t] = assignment[joins[t]];", "assignment[t] = 0;", ("mean", "tokens"), MATCHING),
+        "assignment[t] = assignment[joins[t]];", "assignment[t] = 0;", ("mean", "tokens"), MATCHING,
+        unseen=_NO_CHOICE),
     Mutant("C++: tokens are compared by products, not cosines", "tofu_fx/ops/cpu.cpp",
         "const float unit = from[j] / norm;", "const float unit = from[j];", ("mean",), MATCHING, unseen=_NO_CHOICE),
 )  # fmt: skip
