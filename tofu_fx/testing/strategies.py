@@ -61,7 +61,9 @@ def specs(draw: st.DrawFn, **fixed: Any) -> Spec:
 @st.composite
 def transformers(draw: st.DrawFn, **fixed: Any) -> DrawnTransformer:
     """A small transformer with random parameters and inputs; fields of its `Spec` passed by name are not drawn."""
-    return made(draw(specs(**fixed)), draw(st.integers(1, 3)), draw(st.integers(0, 3)))
+    spec = draw(specs(**fixed))
+    batch = 2 if spec.mixing == "groups" else draw(st.integers(1, 3))
+    return made(spec, batch, draw(st.integers(0, 3)))
 
 
 @st.composite
