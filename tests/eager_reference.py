@@ -14,7 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.reference import decision_margin, reference_fuse, reference_restore, reference_separate
+from tests.reference import (
+    decision_margin,
+    reference_fuse,
+    reference_rebase,
+    reference_restore,
+    reference_separate,
+)
 
 # Scores are cosines computed from float32 keys. Two computations of the keys differ by about 1e-6; a decision that is
 # closer than this could fall either way, and then nothing can be compared: such a case is given up, not passed.
@@ -97,6 +103,12 @@ class Reducer:
         table = table.expand(self.origin.shape[0], *table.shape[1:])
         picked = [part[:, keep][:, :, keep] for part, keep in zip(table, self.origin, strict=True)]
         return torch.stack(picked)
+
+    def merged(self, x: Tensor) -> Tensor:
+        """Features ``[B, N, C]`` from before all reductions (a long skip), merged as the stream was."""
+        for step in self.steps:
+            x = reference_rebase(x, step["size"], step["assignment"], step["kept"], step["strategy"]).to(x.dtype)
+        return x
 
     def not_additive(self) -> None:
         """The stream was replaced by something else than itself plus a branch (post-norm)."""

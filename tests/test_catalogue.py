@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests import replay
 from tests.zoo import CATALOGUE
 from tofu_fx.testing import prove
 
@@ -21,3 +22,4 @@ def test_model_is_accelerated_and_right_or_says_why_not(name: str) -> None:
     if case.reason:
         assert any(case.reason in message for message in proofs.messages)
     assert case.sites or case.declined or case.reason
+    replay.check(name, proofs.compilations)

@@ -99,6 +99,13 @@ def test_every_attention_with_every_mask(attention: str, mask: str) -> None:
     assert prove(Spec(attention=attention, mask=mask, pooling="mean"), "auto") == "equal to the reference"
 
 
+@pytest.mark.parametrize("strategy", ["prune", "mean", "mlerp"])
+@pytest.mark.parametrize("skip", ["concatenate", "add"])
+def test_features_of_a_long_skip_are_merged_with_their_sizes_as_the_stream_was(skip: str, strategy: str) -> None:
+    spec = Spec(skip=skip, depth=4, grid=(4, 4), pooling="mean")
+    assert prove(spec, strategy, r=3) == "equal to the reference"
+
+
 # What the generator found, once each.
 
 

@@ -17,6 +17,7 @@ class Attention(nn.Module):
     sin: Tensor
     cos: Tensor
     there: Tensor
+    pairs: Tensor
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
@@ -33,6 +34,7 @@ class Attention(nn.Module):
         place = torch.arange(spec.tokens)
         padding = spec.prefix + spec.patches - spec.patches // 4
         self.register_buffer("there", (place < padding) | (place >= spec.prefix + spec.patches))
+        self.register_buffer("pairs", _pairs(spec, place))
 
     def forward(
         self, x: Tensor, batch: int, places: Tensor | None, there: Tensor | None, reducer: Any
@@ -57,7 +59,7 @@ class Attention(nn.Module):
         if not self.fused:
             assert isinstance(self.qkv, nn.ModuleList)
             moved = x if places is None else x + places
-            projected = [proj(value) for proj, value in zip(self.qkv, (moved, moved, x), strict=True)]
+            projected = [self._projected(proj, value) for proj, value in zip(self.qkv, (moved, moved, x), strict=True)]
             if tokens_first:
                 return tuple(y.view(x.shape[0], batch, HEADS, WIDTH).permute(1, 2, 0, 3) for y in projected)
             split = [canonical(y, self.spec, batch) for y in projected]
@@ -66,6 +68,12 @@ class Attention(nn.Module):
             return self.qkv(x).reshape(x.shape[0], batch, 3, HEADS, WIDTH).permute(2, 1, 3, 0, 4).unbind(0)
         x = canonical(x, self.spec, batch)
         return self.qkv(x).reshape(batch, x.shape[1], 3, HEADS, WIDTH).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def _projected(self, proj: nn.Module, x: Tensor) -> Tensor:
+        if not self.spec.addmm:
+            return proj(x)
+        assert isinstance(proj, nn.Linear)
+        return torch.addmm(proj.bias, x.reshape(-1, DIM), proj.weight.t()).view(x.shape)
 
     def _rotate(self, x: Tensor, reducer: Any) -> Tensor:
         """Rotate the patches; prefix and suffix tokens have no place."""
@@ -84,13 +92,16 @@ class Attention(nn.Module):
             return None
         if self.spec.mask == "relative":
             mask: Tensor = self.relative_bias_table
-        elif self.spec.mask == "padding":
+        elif self.spec.given_mask:
             assert there is not None
-            mask = there[:, None, None, :]
-        elif self.spec.mask == "bool":
+            mask = there[:, None, None, :] if self.spec.mask == "padding" else there
+        elif self.spec.mask in ("bool", "where"):
             mask = self.there[None, None, None]
+        elif self.spec.mask in ("visible", "causal", "window"):
+            mask = self.pairs
         else:
-            mask = torch.zeros(self.there.shape).masked_fill(~self.there, float("-inf"))
+            low = float("-inf") if self.spec.mask == "additive" else -1e9
+            mask = torch.zeros(self.there.shape).masked_fill(~self.there, low)
             mask = mask.expand(batch, 1, *self.there.shape, -1)
         if reducer is None:
             return mask
@@ -99,20 +110,54 @@ class Attention(nn.Module):
         return reducer.pairs_of(mask.expand(-1, -1, self.spec.tokens, -1))
 
     def _product(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, reducer: Any) -> Tensor:
-        if reducer is None and self.spec.attention == "sdpa":
+        if reducer is None and self.spec.attention == "sdpa" and self.spec.mask != "where":
             return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        q = q * WIDTH**-0.5
-        if self.spec.attention == "einsum":
-            scores = torch.einsum("bhqd,bhkd->bhqk", q, k)
-        elif self.spec.attention == "bmm":
-            scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)).unflatten(0, (-1, HEADS))
-        else:
-            scores = q @ k.transpose(-2, -1)
-        if mask is not None:
+        scores = self._scores(q * WIDTH**-0.5, k)
+        if mask is not None and self.spec.mask == "where":
+            scores = torch.where(mask, scores, float("-inf"))
+        elif mask is not None:
             scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-        weights = (scores if reducer is None else reducer.logits(scores)).softmax(-1)
+        weights = weighed(scores if reducer is None else reducer.logits(scores), self.spec.softmax)
         if self.spec.attention == "einsum":
             return torch.einsum("bhqk,bhkd->bhqd", weights, v)
-        if self.spec.attention == "bmm":
+        if self.spec.attention in ("bmm", "baddbmm"):
             return torch.bmm(weights.flatten(0, 1), v.flatten(0, 1)).unflatten(0, (-1, HEADS))
         return weights @ v
+
+    def _scores(self, q: Tensor, k: Tensor) -> Tensor:
+        if self.spec.attention == "einsum":
+            return torch.einsum("bhqd,bhkd->bhqk", q, k)
+        if self.spec.attention == "bmm":
+            return torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)).unflatten(0, (-1, HEADS))
+        if self.spec.attention == "baddbmm":
+            product = torch.baddbmm(q.new_zeros(1, 1, 1), q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
+            return product.unflatten(0, (-1, HEADS))
+        return q @ (k.mT if self.spec.attention == "mT" else k.transpose(-2, -1))
+
+
+def weighed(scores: Tensor, how: str) -> Tensor:
+    """Weights ``[B, H, Q, K]`` of scores. Those that are no softmax over the keys are to be left alone."""
+    ways = {
+        "softmax": lambda: scores.softmax(-1),
+        "shifted": lambda: (scores - scores.amax(-1, keepdim=True)).softmax(-1),
+        "log": lambda: scores.log_softmax(-1).exp(),
+        "by hand": lambda: scores.exp() / scores.exp().sum(-1, keepdim=True),
+        "logsumexp": lambda: (scores - scores.logsumexp(-1, keepdim=True)).exp(),
+        "plus one": lambda: scores.exp() / (1 + scores.exp().sum(-1, keepdim=True)),
+        "queries": lambda: scores.softmax(-2),
+        "squared": lambda: scores.softmax(-1).square(),
+        "threshold": lambda: scores.softmax(-1).masked_fill(scores.softmax(-1) < 0.06, 0),
+        "gated": lambda: scores.softmax(-1) * scores.softmax(-1).sigmoid(),
+        "self masked": lambda: scores.masked_fill(scores < 0, -1e9).softmax(-1),
+        "slots": lambda: scores.softmax(-2) / scores.softmax(-2).sum(-1, keepdim=True),
+    }
+    return ways[how]()
+
+
+def _pairs(spec: Spec, place: Tensor) -> Tensor:
+    """A mask over pairs of tokens, to be added: of a causal attention, of a window of five; else it hides nothing."""
+    far = place[:, None] - place[None, :]
+    hidden = far < 0 if spec.mask == "causal" else far.abs() > 2
+    if spec.mask not in ("causal", "window"):
+        hidden = torch.zeros_like(hidden)
+    return torch.zeros(hidden.shape).masked_fill(hidden, float("-inf"))

@@ -44,7 +44,8 @@ class Proofs:
     ``changed`` is by how much the reduction of all sites changes the outputs: 0 would mean that nothing was proved.
     ``meaning`` has one error for each step, in the order of the sites. ``sites`` are all attentions; ``messages`` what
     the compiler says of each graph, ``unknown_ops`` the ops that it has no rule for, ``seconds`` the time of its passes
-    (each at its first run on a graph) and ``tracing`` Dynamo's own.
+    (each at its first run on a graph) and ``tracing`` Dynamo's own. ``compilations`` are the graphs with all sites
+    reduced.
     """
 
     identity: bool
@@ -57,6 +58,7 @@ class Proofs:
     seconds: float = 0.0
     tracing: float = 0.0
     complaints: list[str] = field(default_factory=list)
+    compilations: list[Compilation] = field(default_factory=list)
 
     @property
     def matched(self) -> list[Site]:
@@ -123,6 +125,7 @@ def prove(
         seconds=_seconds(found),
         tracing=found.tracing,
         complaints=complaints,
+        compilations=found.compilations("reduced"),
     )
 
 
@@ -178,6 +181,8 @@ def _variant(r: int, options: Mapping[str, Any] | None, step: int | None, strate
 
     def variant(compilation: Compilation) -> dict[str, Any] | None:
         rows = plan_rows(compilation, **merged)
+        if not rows:  # a plan without rows names no placement, and by another one sites may be found
+            return {**(options or {}), "r": r} if step is None else None
         if step is not None:
             chosen = _steps(len(rows), steps)
             if step >= len(chosen):

@@ -159,3 +159,66 @@ BY_PLACE: tuple[Step, ...] = (
     _turned,
     _through_a_view(aten.add_.Tensor, aten.select.int, 1, 0),
 )
+
+
+def _projected(g: GraphBuilder, a: Node) -> list[Node]:
+    return [g.call(aten.linear.default, a, g.constant(FEATURES, FEATURES), g.constant(FEATURES)) for _ in range(3)]
+
+
+def _joined(g: GraphBuilder, a: Node, branch: Node) -> Node:
+    weight = g.constant(FEATURES, FEATURES)
+    return g.call(aten.add.Tensor, a, g.call(aten.linear.default, branch, weight))
+
+
+def _fused_attention(g: GraphBuilder, a: Node, b: Node) -> Node:
+    heads = [g.call(aten.unsqueeze.default, part, 1) for part in _projected(g, a)]
+    product = g.call(aten.scaled_dot_product_attention.default, *heads)
+    return _joined(g, a, g.call(aten.squeeze.dim, product, 1))
+
+
+def _written_attention(*ways: Any, transpose: Any = aten.mT.default, source: int = 0) -> Step:
+    """Attention by products; ``ways`` are (op, arguments behind the scores) from the scores to the weights."""
+
+    def step(g: GraphBuilder, a: Node, b: Node) -> Node:
+        q, k, v = _projected(g, a)
+        k = g.call(transpose, k) if transpose is aten.mT.default else g.call(transpose, k, 1, 2)
+        weights = g.call(aten.bmm.default, g.call(aten.mul.Tensor, q, 0.5), k)
+        for target, *rest in ways:
+            weights = g.call(target, weights, *rest)
+        return _joined(g, a, g.call(aten.bmm.default, weights, v))
+
+    return step
+
+
+def _crossed(g: GraphBuilder, a: Node, b: Node) -> Node:
+    """Queries of one value, keys and values of another."""
+    q, (_, k, v) = _projected(g, a)[0], _projected(g, b)
+    heads = [g.call(aten.unsqueeze.default, part, 1) for part in (q, k, v)]
+    return _joined(g, a, g.call(aten.squeeze.dim, g.call(aten.scaled_dot_product_attention.default, *heads), 1))
+
+
+#: attention with its residual add, and what looks like it
+ATTENTIONS: tuple[Step, ...] = (
+    _fused_attention,
+    _written_attention((aten.softmax.int, -1), transpose=aten.transpose.int),
+    _written_attention((aten.softmax.int, -1)),
+    _written_attention((aten.softmax.int, -2), transpose=aten.transpose.int),
+    _written_attention((aten.softmax.int, -1), (aten.square.default,), transpose=aten.transpose.int),
+    _written_attention((aten.relu.default,), (aten.softmax.int, -1), transpose=aten.transpose.int),
+    _written_attention((aten.log_softmax.int, -1), (aten.exp.default,)),
+    _written_attention((aten.sigmoid.default,)),
+    _crossed,
+)
+#: combine the samples of a batch, or pool tokens in ways that few models do
+MIXING: tuple[Step, ...] = (
+    lambda g, a, b: g.call(aten.sub.Tensor, a, g.call(aten.mean.dim, b, [0], True)),
+    lambda g, a, b: g.call(aten.add.Tensor, a, g.call(aten.select.int, b, 0, 0)),
+    lambda g, a, b: g.call(aten.add.Tensor, a, g.call(aten.slice.Tensor, b, 0, 0, 1)),
+    lambda g, a, b: g.call(aten.add.Tensor, a, g.call(aten.amax.default, b, [0], True)),
+    lambda g, a, b: g.call(aten.add.Tensor, a, g.call(aten.flip.default, b, [0])),
+    lambda g, a, b: g.call(aten.add.Tensor, a, g.call(aten.roll.default, b, [1], [0])),
+    lambda g, a, b: g.call(aten.add.Tensor, a, g.call(aten.logsumexp.default, b, [1], True)),
+    lambda g, a, b: g.call(aten.softmax.int, a, 1),
+    lambda g, a, b: g.call(aten.cumsum.default, a, 1),
+    lambda g, a, b: g.call(aten.mul.Tensor, a, g.call(aten.sum.dim_IntList, b, [0, 1], True)),
+)

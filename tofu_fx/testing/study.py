@@ -97,7 +97,7 @@ def study(
         some = proofs or any(map(callable, variants.values()))
         compilation = _polymorphic(gm, inputs, base or {}) if some else None
         if proofs:
-            wanted["permute"] = lambda found: {"plan": permutation_plan(found)}
+            wanted["permute"] = _permuted
             graphs["polymorphic"] = gm if compilation is None else compilation.gm
             found.polymorphic.extend([] if compilation is None else [compilation])
         for name, variant in wanted.items():
@@ -119,6 +119,11 @@ def study(
         running["name"] = name
         found.outputs[name] = call(*args, **kwargs)
     return found
+
+
+def _permuted(compilation: Compilation) -> dict[str, Any] | None:
+    plan = permutation_plan(compilation)
+    return {"plan": plan} if plan.sites else None  # a plan without rows names no placement
 
 
 def _polymorphic(gm: GraphModule, inputs: Any, base: Mapping[str, Any]) -> Compilation | None:

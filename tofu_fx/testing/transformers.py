@@ -22,6 +22,7 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(DIM), nn.LayerNorm(DIM)
         sandwich = spec.norm == "sandwich"
         self.behind1, self.behind2 = (nn.LayerNorm(DIM) if sandwich else nn.Identity() for _ in range(2))
+        self.gate = nn.Parameter(torch.ones(DIM))
         self.gammas = nn.ParameterList(nn.Parameter(torch.ones(DIM)) for _ in range(2))
         self.drop = nn.Dropout(0.3) if spec.dropout else nn.Identity()
 
@@ -33,7 +34,7 @@ class Block(nn.Module):
         branch = self.behind1(branch)
         if spec.parallel == "branches first":
             branch = branch + self.behind2(self.mlp(inner))
-        x = self._add(x, branch, 0)
+        x = self._add(x, branch, 0, batch)
         if reducer is not None:
             if spec.residual == "stream_scaled":
                 reducer.not_additive()
@@ -42,17 +43,27 @@ class Block(nn.Module):
             return x if pre else self.norm1(x)
         x = x if pre else self.norm1(x)
         inner = inner if spec.parallel == "one by one" else self.norm2(x) if pre else x
-        x = self._add(x, self.behind2(self.mlp(inner)), 1)
+        x = self._add(x, self.behind2(self.mlp(inner)), 1, batch)
         if reducer is not None and (not pre or spec.residual == "stream_scaled"):
             reducer.not_additive()
         return x if pre else self.norm2(x)
 
-    def _add(self, x: Tensor, branch: Tensor, which: int) -> Tensor:
+    def _gated_by_all(self, x: Tensor, branch: Tensor, batch: int) -> Tensor:
+        gate = canonical(x, self.spec, batch).mean(1, keepdim=True).sigmoid()
+        return laid_out(canonical(branch, self.spec, batch) * gate, self.spec)
+
+    def _add(self, x: Tensor, branch: Tensor, which: int, batch: int) -> Tensor:
         branch = self.drop(branch * self.gammas[which] if self.spec.layer_scale else branch)
         if self.spec.residual == "branch_scaled":
             branch = branch * 0.5
         elif self.spec.residual == "stream_scaled":
             x = x * 0.9
+        elif self.spec.residual == "gated":
+            branch = branch * self.gate.mean()
+        elif self.spec.residual == "token gate":
+            branch = branch * x.sigmoid()
+        elif self.spec.residual == "pooled gate":
+            branch = self._gated_by_all(x, branch, batch)
         if self.spec.in_place:
             x += branch
             return x
@@ -64,8 +75,9 @@ class Transformer(nn.Module):
 
     ``reducer`` is for a reference in eager mode that reduces tokens by hand behind each attention: an object with
     ``reduce(x, keys)``, ``logits(scores)``, ``rows_of(table)``, ``pairs_of(table)``, ``mean(x, prefix)``,
-    ``restore(x)`` and ``not_additive()``, which work on ``[B, N, C]``, and with the attribute ``origin``. It knows
-    nothing of masks given with the input, of skips and of branches added one by one.
+    ``merged(x)``, ``restore(x)`` and ``not_additive()``,
+    which work on ``[B, N, C]``, and with the attribute ``origin``. It knows
+    nothing of masks given with the input and of branches added one by one.
     """
 
     def __init__(self, spec: Spec) -> None:
@@ -85,30 +97,37 @@ class Transformer(nn.Module):
         """What the model is called with; of padded inputs each has another number of patches."""
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(batch, self.spec.patches, 5, generator=generator)
-        if self.spec.mask != "padding":
+        if not self.spec.given_mask:
             return (x,)
         there = torch.ones(batch, self.spec.tokens, dtype=torch.bool)
         last = self.spec.prefix + self.spec.patches
         for row in range(batch):
             there[row, last - row % 4 : last] = False
+        if self.spec.mask == "square":
+            there = there[:, None, None, :].expand(-1, 1, self.spec.tokens, -1).contiguous()
         return x, there
 
     def forward(self, x: Tensor, there: Tensor | None = None, reducer: Any = None) -> Any:
-        """The outputs; ``there`` ``[B, N]`` says which tokens are no padding, for specs whose mask is "padding"."""
+        """The outputs; ``there`` says which tokens are no padding: ``[B, N]`` for the mask "padding", ``[B, 1, N, N]``
+        for "square"."""
         spec, batch = self.spec, x.shape[0]
         x = self.embed(x)
         ends = [self.prefix_tokens.expand(batch, -1, -1), x, self.suffix_tokens.expand(batch, -1, -1)]
         x = torch.cat([part for part in ends if part.shape[1]], 1) if spec.prefix + spec.suffix else x
-        x = laid_out(x if spec.positions == "queries and keys" else x + self.pos_embed, spec)
+        x = laid_out(x if spec.positions in ("none", "queries and keys") else x + self.pos_embed, spec)
         earlier = x
         for i, block in enumerate(self.blocks):
             if spec.skip != "none" and i and i == spec.depth - 1:
+                if reducer is not None:
+                    earlier = laid_out(reducer.merged(canonical(earlier, spec, batch)), spec)
                 x = self.join(torch.cat((x, earlier), -1)) if spec.skip == "concatenate" else x + earlier
-            places = self._places(batch, reducer) if spec.positions != "once" else None
+            places = self._places(batch, reducer) if spec.positions in ("every block", "queries and keys") else None
             if i and spec.positions == "every block":
                 x = x + places  # type: ignore[operator]
             x = block(x, batch, places if spec.positions == "queries and keys" else None, there, reducer)
             x = reshaped(aliased(x, spec.alias), spec, batch)
+            if spec.mixing != "none":
+                x = laid_out(mixed(canonical(x, spec, batch), spec.mixing), spec)
             if spec.dead_code:
                 (x.sum(spec.token_dim) * 2).softmax(-1)
         if reducer is not None and spec.pooling in ("tokens", "conv"):
@@ -136,6 +155,8 @@ class Transformer(nn.Module):
             return self.head(x)
         if spec.pooling == "max":
             return self.head(x.amax(dim))
+        if spec.pooling == "logsumexp":
+            return self.head(x.logsumexp(dim))
         if spec.pooling == "conv":
             patches = slice(spec.prefix, spec.prefix + spec.patches)
             if spec.prefix + spec.suffix:
@@ -184,3 +205,24 @@ def reshaped(x: Tensor, spec: Spec, batch: int) -> Tensor:
             return x.view(batch, -1, DIM).flatten(0, 1)
         return x.flatten(0, 1).unflatten(0, x.shape[:2])
     return x
+
+
+def mixed(x: Tensor, how: str) -> Tensor:
+    """``[B, N, C]`` with something of the other samples in each sample: what a reduced stream must be whole for."""
+    ways = {
+        "centred": lambda: x - x.mean(0),
+        "first": lambda: x + 0.5 * x[:1],
+        "sample": lambda: x + 0.5 * x[0],
+        "scaled": lambda: x / (1 + x.var(0, correction=0)),
+        "maximum": lambda: x + 0.5 * x.amax(0),
+        "groups": lambda: x + 0.5 * x.unflatten(0, (2, -1)).sum(0).repeat(2, 1, 1),
+        "product": lambda: torch.einsum("ab,bnc->anc", torch.eye(x.shape[0]) + 0.2, x),
+        "attention": lambda: x + _over_samples(x),
+        "rolled": lambda: x + 0.5 * x.roll(1, 0),
+    }
+    return ways[how]()
+
+
+def _over_samples(x: Tensor) -> Tensor:
+    """At each place the samples attend to each other."""
+    return ((x.transpose(0, 1) @ x.permute(1, 2, 0)).softmax(-1) @ x.transpose(0, 1)).transpose(0, 1)

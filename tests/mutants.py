@@ -1,0 +1,212 @@
+"""The faults that tests/mutations.py plants: literal texts of the package, and what replaces each.
+
+A text must stand exactly once in its file. Where code has moved, the tool names the fault whose text is gone: write it
+anew, or drop it if the code that it spoiled is no more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+OPS, MASKS = "tests/ops", "tests/test_masks.py"
+REFERENCE = "tests/properties/test_transformers.py -k every"
+SKIPS = "tests/properties/test_transformers.py -k long_skip"
+MATCHING, MERGING, RULES = f"{OPS}/test_matching.py", f"{OPS}/test_merging.py", "tests/test_rules.py"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One planted fault.
+
+    Args:
+        name: what it does, in a few words.
+        file: the file, from the root of the repository.
+        old: its text, and ``new`` what stands there instead.
+        models: the names (in tests/mutations.py) of the models that `prove` is run on.
+        tests: what is given to pytest: files, and perhaps ``-k`` words.
+        unseen: why `prove` does not see it, where it does not.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    models: tuple[str, ...]
+    tests: str
+    unseen: str = ""
+
+
+_NO_CHOICE = "any choice of tokens to merge is proved alike; which are chosen is the operators' tests' matter"
+_RESTORED = "either way of restoring is lossy: proved against each other, merged and copied tokens are restored alike"
+_SAME = "both sides of the proof of meaning merge by the same operator; its formula is the operators' tests' matter"
+_EAGER = "the proofs run without gradients"
+
+MUTANTS = (
+    # ---- rules
+    Mutant("a mean over tokens is a plain one", "tofu_fx/rules.py",
+        "                tracer.pools[node] = kind\n", "                pass\n", ("mean",), REFERENCE),
+    Mutant("a mean over tokens is weighted as a sum", "tofu_fx/rules.py",
+        "                tracer.pools[node] = kind\n", '                tracer.pools[node] = "sum"\n',
+        ("mean",), REFERENCE),
+    Mutant("a variance over tokens is no barrier", "tofu_fx/rules.py",
+        'if kind == "other":', 'if kind == "nothing":', ("variance",), RULES),
+    Mutant("a maximum over tokens is weighted", "tofu_fx/rules.py",
+        '            if kind != "max":\n                tracer.pools',
+        '            if kind:\n                tracer.pools',
+        ("maximum",), RULES),
+    Mutant("a softmax over tokens is no barrier", "tofu_fx/rules.py",
+        'raise Barrier("softmax over tokens outside of a recognised attention")', "pass", ("softmax",), RULES),
+    Mutant("transposing leaves the axes", "tofu_fx/rules.py",
+        "    axes[a], axes[b] = axes[b], axes[a]\n", "", ("mean",), RULES,
+        unseen="what is not carried is a barrier: it costs speed, and the proofs ask for right results"),
+    Mutant("any range of tokens is carried by a slice", "tofu_fx/space.py",
+        "if part.lead >= 0 and part.tail >= 0 and step == 1:", "if step == 1:", ("rolled",), RULES),
+    # ---- companions
+    Mutant("tables follow the first reduction only", "tofu_fx/companions.py",
+        "stream.kept(self.emit, version, dims[place][0])", "stream.kept(self.emit, min(version, 1), dims[place][0])",
+        ("rotary", "places"), REFERENCE),
+    Mutant("long skips are gathered, not merged", "tofu_fx/companions.py",
+        "if self._is_older_feature(value, dims, streams[0]):", "if False:", ("skip",), SKIPS),
+    Mutant("nothing follows the stream", "tofu_fx/rewriter.py",
+        "        mapping.update(self.companions.rebased(node, newest))\n", "", ("relative", "rotary"), REFERENCE),
+    # ---- streams and restoring
+    Mutant("sizes are not carried to the next reduction", "tofu_fx/streams.py",
+        "size = self.size(emit, self.newest, x)", "size = self.size(emit, 0, x)", ("mean", "deep"), REFERENCE),
+    Mutant("sizes are those from before the reduction", "tofu_fx/streams.py",
+        "size = self.versions[version - 1].size\n", "size = self.versions[version - 1].size_before\n",
+        ("mean",), REFERENCE),
+    Mutant("survivors of two reductions are those of the last", "tofu_fx/streams.py",
+        "if version > 1:", "if version > 2:", ("rotary", "places"), REFERENCE),
+    Mutant("survivors are numbered without their prefix", "tofu_fx/streams.py",
+        "index = emit.once(aten.add.Scalar, index, ahead) if ahead else index", "index = index",
+        ("rotary",), REFERENCE),
+    Mutant("a stream that was replaced is restored as one that was added to", "tofu_fx/streams.py",
+        "additive = additive and step.additive", "additive = bool(additive)", ("post", "post tokens"), REFERENCE,
+        unseen=_RESTORED),
+    Mutant("whole tokens are copies of their survivors", "tofu_fx/streams.py",
+        "(step.assignment, step.before, step.merged) if additive else (step.assignment,)", "(step.assignment,)",
+        ("tokens",), REFERENCE, unseen=_RESTORED),
+    Mutant("features from before are pruned, not merged", "tofu_fx/streams.py",
+        'strategy = step.strategy if merges else "prune"', 'strategy = "prune"',
+        ("skip",), SKIPS),
+    Mutant("prefix tokens are merged", "tofu_fx/streams.py",
+        "lead, tail = self.run.lead, self.run.tail\n", "lead, tail = 0, self.run.tail\n",
+        ("mean", "rotary"), REFERENCE),
+    Mutant("suffix tokens are merged", "tofu_fx/streams.py",
+        "lead, tail = self.run.lead, self.run.tail\n", "lead, tail = self.run.lead, 0\n",
+        ("rotary", "suffix"), REFERENCE),
+    Mutant("prefix tokens are not found ahead of the stream", "tofu_fx/placement.py",
+        "lead, tail = max(0, tokens.lead), max(0, tokens.tail)", "lead, tail = 0, max(0, tokens.tail)",
+        ("mean", "registers"), REFERENCE, unseen="a class token that is merged is a loss, not a wrong merge"),
+    # ---- what a token weighs
+    Mutant("log2 for log", "tofu_fx/streams.py", "aten.log.default", "aten.log2.default", ("mean",), REFERENCE),
+    Mutant("no log(size) behind the first reduction", "tofu_fx/proportional.py",
+        "if stream is None or version == 0:", "if stream is None or version <= 1:", ("mean",), REFERENCE),
+    Mutant("no log(size) beside an additive mask", "tofu_fx/proportional.py",
+        "bias = rewriter.emit.call(aten.add.Tensor, mask, bias)", "bias = mask", ("relative fused",), REFERENCE),
+    Mutant("a flag mask hides nothing once there are sizes", "tofu_fx/proportional.py",
+        'aten.where.ScalarOther, mask, bias, float("-inf")', "aten.where.ScalarOther, mask, bias, 0.0",
+        ("bool", "padding"), REFERENCE),
+    Mutant("sizes over their mean are plain sizes", "tofu_fx/proportional.py",
+        'if rewriter.tracer.pools[node] == "mean":', 'if rewriter.tracer.pools[node] == "median":',
+        ("mean",), REFERENCE),
+    # ---- masks and patterns
+    Mutant("only an infinite mask hides", "tofu_fx/masks.py", "FAR_BELOW = 46.0", "FAR_BELOW = 1e30",
+        ("finite", "finite padding"), MASKS),
+    Mutant("a mask of pairs counts as padding", "tofu_fx/masks.py",
+        'return "pairs" if bool(hidden.any()) else "keys"', 'return "keys"', ("window",), MASKS),
+    Mutant("what is hidden from one is hidden from all", "tofu_fx/masks.py",
+        "there = sees.any(-2)", "there = sees.all(-2)", ("causal",), MASKS),
+    Mutant("a causal mask is one of pairs", "tofu_fx/masks.py",
+        "if bool((hidden & sees.transpose(-2, -1)).any()):", "if False:", ("causal",), MASKS,
+        unseen="it is declined all the same; only the reason is another"),
+    Mutant("other values of a mask's inputs are not asked", "tofu_fx/masks.py",
+        'found.append("unseen" if hides == "later" else hides)', 'found.append("nothing")', ("padding",), MASKS,
+        unseen="the proofs make one call; what later calls may pass is not in it"),
+    Mutant("the causal flag is not read", "tofu_fx/patterns.py",
+        'causal=bool(argument(node, "is_causal"))', "causal=False", ("causal flag",), MASKS),
+    Mutant("a product next to the softmax only is found", "tofu_fx/patterns.py",
+        "if far > _FAR or", "if far > 0 or", ("bmm",), REFERENCE),
+    # ---- layout and metric
+    Mutant("per-token values stand in the batch's order", "tofu_fx/layout.py",
+        "if ahead < len(batch):", "if False:", ("NBC",), REFERENCE),
+    Mutant("padding is compared with the rest", "tofu_fx/metric.py",
+        "if not self.site.padding:", "if True:", ("padding", "finite padding"), "tests/test_padding.py"),
+    Mutant("keys are the largest of the heads, not the mean", "tofu_fx/metric.py",
+        "rewriter.emit.call(aten.mean.dim, node, heads)", "rewriter.emit.call(aten.amax.default, node, heads)",
+        ("mean",), REFERENCE, unseen=_NO_CHOICE),
+    Mutant("queries are left out of queries_keys", "tofu_fx/metric.py",
+        'if kind == "queries_keys":', 'if kind == "queries":', ("queries and keys",), "tests/test_match.py",
+        unseen=_NO_CHOICE),
+    # ---- rewriting
+    Mutant("sums are multiplied by no size", "tofu_fx/rewriter.py",
+        "if node in self.tracer.pools:", "if False:", ("mean",), REFERENCE),
+    Mutant("changes in place are made functional for all to see", "passes/functionalize_inplace.py",
+        "return next(later, None) is None", "return True", ("views in place",), "tests/test_slice_writes.py"),
+    # ---- operators: Python, which float64 takes and every device but the CPU
+    Mutant("sources are the least similar", "tofu_fx/ops/matching.py",
+        "chosen = ranked[:, :r]", "chosen = ranked[:, -r:]", ("double",), MATCHING, unseen=_NO_CHOICE),
+    Mutant("the last of equal partners is taken", "tofu_fx/ops/matching.py",
+        "block = blocks.view(-1, blocks.shape[2]).index_select(0, winner).argmax(dim=-1)",
+        "block = blocks.view(-1, blocks.shape[2]).index_select(0, winner).argmin(dim=-1)", ("double",), MATCHING,
+        unseen=_NO_CHOICE),
+    Mutant("merged tokens keep the size of one", "tofu_fx/ops/merging.py",
+        "    groups.write(new_size, place, total)\n", "", ("double",), MERGING),
+    Mutant("the mean is not weighted by size", "tofu_fx/ops/merging.py",
+        "summed = groups.sum(x, groups.member, weight.to(dtype))",
+        "summed = groups.sum(x, groups.member, torch.ones_like(weight).to(dtype))", ("double",), MERGING,
+        unseen="the proofs merge by MLERP"),
+    Mutant("MLERP has the smallest member's norm", "tofu_fx/ops/merging.py",
+        'scatter_reduce_(0, groups.group, norm, "amax")', 'scatter_reduce_(0, groups.group, norm, "amin")',
+        ("double",), MERGING, unseen=_SAME),
+    Mutant("restoring adds nothing of what a token was", "tofu_fx/ops/restore.py",
+        "return whole + (before - gather_tokens(merged, assignment))", "return whole", ("tokens",), REFERENCE,
+        unseen=_RESTORED),
+    Mutant("padding is marked by nothing", "tofu_fx/ops/separate.py",
+        "_UNIT, _MARK = 0.8, 0.6", "_UNIT, _MARK = 1.0, 0.0", ("padding",), f"{OPS}/test_separate.py",
+        unseen=_NO_CHOICE),
+    Mutant("features from before are merged without sizes", "tofu_fx/ops/rebase.py",
+        "return merge_groups(x, size, assignment, kept, strategy)[0]",
+        "return merge_groups(x, torch.ones_like(size), assignment, kept, strategy)[0]", ("skip",), SKIPS,
+        unseen=_SAME),
+    Mutant("the mean's gradient is not shared by size", "tofu_fx/ops/gradient.py",
+        "return (spread * share.unsqueeze(-1)).to(grad.dtype)", "return spread.to(grad.dtype)", ("mean",),
+        f"{OPS}/test_gradients.py", unseen=_EAGER),
+    Mutant("MLERP's gradient forgets who sets the norm", "tofu_fx/ops/merging.py",
+        "    values += torch.where(sets_norm, by_norm.index_select(0, groups.group), 0.0)\n", "", ("mean",),
+        f"{OPS}/test_gradients.py", unseen=_EAGER),
+    Mutant("partners of a grid are counted in columns", "tofu_fx/ops/matching.py",
+        "((frame * grid.height + row) * grid.width + column)", "((frame * grid.height + row) * grid.height + column)",
+        ("image",), f"{OPS}/test_grid.py", unseen=_NO_CHOICE),
+    # ---- operators: C++
+    Mutant("C++: the destination counts as one token", "tofu_fx/ops/cpu.cpp",
+        "const float weight = size[destination];", "const float weight = 1.0f;", ("mean", "deep"), MERGING),
+    Mutant("C++: sizes do not add up", "tofu_fx/ops/cpu.cpp",
+        "float total = size[destination];", "float total = 1.0f;", ("mean", "deep"), MERGING),
+    Mutant("C++: MLERP has the smallest member's norm", "tofu_fx/ops/cpu.cpp",
+        "if (norm > largest ||", "if (norm < largest ||", ("mean",), MERGING, unseen=_SAME),
+    Mutant("C++: sources are the least similar", "tofu_fx/ops/cpu.cpp",
+        "best[a] > best[b] : a < b", "best[a] < best[b] : a < b", ("mean",), MATCHING, unseen=_NO_CHOICE),
+    Mutant("C++: everyone joins the first partner", "tofu_fx/ops/cpu.cpp",
+        "prefix + partner[std::find(row, row + partners, best[c]) - row]", "prefix + partner[0]", ("mean",), MATCHING,
+        unseen=_NO_CHOICE),
+    Mutant("C++: sources are assigned to the first place", "tofu_fx/ops/cpu.cpp",
+        "assignment[t] = assignment[joins[t]];", "assignment[t] = 0;", ("mean", "tokens"), MATCHING,
+        unseen=_NO_CHOICE),
+    Mutant("C++: tokens are compared by products, not cosines", "tofu_fx/ops/cpu.cpp",
+        "const float unit = from[j] / norm;", "const float unit = from[j];", ("mean",), MATCHING, unseen=_NO_CHOICE),
+)  # fmt: skip
+
+#: planted by the test suite itself, with `prove` only: one or two of each part, in Python, whose models are quick
+SAMPLE = (
+    "a mean over tokens is a plain one",
+    "tables follow the first reduction only",
+    "nothing follows the stream",
+    "sizes are those from before the reduction",
+    "survivors of two reductions are those of the last",
+    "log2 for log",
+    "no log(size) beside an additive mask",
+    "a mask of pairs counts as padding",
+    "the causal flag is not read",
+    "merged tokens keep the size of one",
+)
