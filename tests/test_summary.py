@@ -155,8 +155,8 @@ def test_siglip2_is_reduced_and_says_nothing_of_its_other_graphs() -> None:
     assert explanation.matched > 0
 
 
-def test_last_length_that_dynamo_compiles_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 3)
+@torch._dynamo.config.patch(recompile_limit=3)
+def test_last_length_that_dynamo_compiles_is_told_once() -> None:
     model = blocks()
     call = compiled(model)
     heard, whole = [], []
