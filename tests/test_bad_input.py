@@ -156,12 +156,12 @@ def test_op_without_a_rule_gets_whole_tokens_and_the_right_result(op: str) -> No
         "custom": lambda x: x + reverse_tokens(x),
     }
     model = Between(ops[op]).eval()
-    explained = tofu_fx.explain(model, X, options={"r": 4})
+    explained = tofu_fx.explain(model, X, options={"r": 4, "placement": "stream"})
     assert any(op in barrier or "reverse_tokens" in barrier for barrier in explained.barriers)
     assert explained.matched == DEPTH
     plan = tofu_fx.Plan(sites=[row.model_copy(update={"strategy": "permute", "r": 0}) for row in explained.plan.sites])
     assert relative_error(compiled(model, plan=plan)(X), model(X)) < 1e-5
-    assert compiled(model, r=4)(X).isfinite().all()
+    assert compiled(model, r=4, placement="stream")(X).isfinite().all()
 
 
 def test_graph_break_between_blocks_reduces_both_graphs() -> None:
