@@ -12,7 +12,7 @@ from tofu_fx.testing import prove
 def test_model_is_accelerated_and_right_or_says_why_not(name: str) -> None:
     case = CATALOGUE[name]
     args, kwargs = case.inputs()
-    proofs = prove(case.model(), *args, steps=2, **kwargs)
+    proofs = prove(case.model(), *args, **kwargs)
     assert not proofs.failures
     reasons = [str(site.decline) for site in proofs.sites if not site.matched]
     assert (len(proofs.matched), len(reasons)) == (case.sites, len(case.declined)), reasons

@@ -79,7 +79,11 @@ class Outcome:
 
 
 def rewrite(
-    gm: GraphModule, options: Options, example_inputs: Sequence[Any] | None = None, shared_kernels: bool = False
+    gm: GraphModule,
+    options: Options,
+    example_inputs: Sequence[Any] | None = None,
+    shared_kernels: bool = False,
+    shuffle: bool = False,
 ) -> Outcome:
     """Run the pipeline over a Dynamo graph, which stays as it is; arguments as for ``run_pipeline``.
 
@@ -87,7 +91,7 @@ def rewrite(
         OptionError, PlanError: always. PassError: if ``on_error`` is "raise".
     """
     try:
-        compilation = run_pipeline(gm, options, example_inputs, shared_kernels=shared_kernels)
+        compilation = run_pipeline(gm, options, example_inputs, shared_kernels=shared_kernels, shuffle=shuffle)
     except (OptionError, PlanError):
         raise
     except Unsupported as reason:

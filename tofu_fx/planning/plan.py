@@ -56,7 +56,7 @@ class PlanRow(_Record):
     tokens: int = Field(ge=1)
     heads: int
     dim: int
-    strategy: Literal["prune", "mean", "mlerp", "permute", "duplicate"]
+    strategy: Literal["prune", "mean", "mlerp"]
     match: Match = "keys"
     r: int = Field(ge=0)
     placement: Literal["stream", "branch"] = "stream"

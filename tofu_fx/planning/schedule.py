@@ -45,8 +45,7 @@ def schedule(sites: Sequence[Site], options: Options) -> None:
         elif r > cap:
             site.notes.append(f"r = {r} capped at {cap}: {count} tokens, {site.lead + site.tail} of them protected")
         site.strategy, site.match, site.r = strategy, match, min(r, cap)
-        site.tokens_in = count
-        site.tokens_out = count if strategy == "duplicate" else count - site.r
+        site.tokens_in, site.tokens_out = count, count - site.r
         left[site.stream] = site.tokens_out
 
 
