@@ -92,7 +92,9 @@ class Trial:
         if self.pointwise:
             return [labels.broadcast_to(result.shape) for result in self.results]
         if self.is_view and all(result.dtype == self.operands[place].dtype for result in self.results):
-            return parts(self.call([*self.operands[:place], labels, *self.operands[place + 1 :]]))
+            views = parts(self.call([*self.operands[:place], labels, *self.operands[place + 1 :]]))
+            if all(view.dtype == labels.dtype for view in views):  # a cast is a view, too, and would change them
+                return views
         if getattr(getattr(self.target, "_schema", None), "name", "").removeprefix("aten::") in _SOFTMAX:
             return [labels]  # each element is its own logit's, whatever they are all divided by
         return self._decode(place, labels)
@@ -134,7 +136,24 @@ def carry(trial: Trial, operands: Sequence[list[Axis]]) -> list[list[Axis]]:
             for i, (token, sample) in enumerate(zip(tokens, trial.follow(place, axis.sample), strict=True)):
                 if bool((token >= 0).any()):
                     _add(found[i], Axis(axis.stream, token, sample))
-    return found
+    return [[Axis(axis.stream, _filled(axis.token, 2), _filled(axis.sample, 1)) for axis in axes] for axes in found]
+
+
+def _filled(labels: Tensor, least: int) -> Tensor:
+    """Labels with those of none filled in along each dim in which the known ones agree.
+
+    Features that a table adds to those of the tokens, side by side, are the tokens' as well. Labels of which there are
+    fewer than ``least`` stay: those of one token alone say nothing of its neighbours.
+    """
+    if len(labels[labels >= 0].unique()) < least or bool((labels >= 0).all()):
+        return labels
+    for dim in range(labels.dim()):
+        known = labels >= 0
+        highest = labels.amax(dim, keepdim=True)
+        lowest = torch.where(known, labels, _MANY).amin(dim, keepdim=True)
+        if bool((lowest[highest >= 0] == highest[highest >= 0]).all()):
+            labels = torch.where(known, labels, highest)
+    return labels
 
 
 def _add(axes: list[Axis], new: Axis) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from tofu_fx.testing import formulas
+from tofu_fx.testing.formulas import groups_of, join, merge, metric_of, similarity
 from tofu_fx.testing.interpreter import Entry, Interpreter, Running, Vectors
 from tofu_fx.testing.labels import Axis, Companion, Unfit
 
@@ -41,7 +41,7 @@ class Step:
         before, chief = place[self.before[:, tokens]], place[self.chief[:, tokens]]
         if bool((before < 0).any() or (chief < 0).any()):
             raise Unfit("a tensor has some tokens of a group only")
-        return formulas.merge(x, before, chief, self.strategy)
+        return merge(x, before, chief, self.strategy)
 
 
 class Reduced(Running):
@@ -144,7 +144,7 @@ class Reduced(Running):
         dim: Any = node.args[1]
         for axis in axes:
             if newest.get(axis.stream) and bool((axis.token != axis.token.narrow(dim, 0, 1)).any()):
-                members = formulas.groups_of(self.steps[axis.stream][newest[axis.stream] - 1].chief).sum(2)
+                members = groups_of(self.steps[axis.stream][newest[axis.stream] - 1].chief).sum(2)
                 counts = members[axis.sample.clamp_min(0), axis.token.clamp_min(0)]
                 logits = logits - torch.where(axis.token >= 0, counts, 1).log().to(logits.dtype)
         return logits
@@ -220,7 +220,7 @@ class Reduced(Running):
         if entry.owner not in self.chosen or entry.placement == "stream":
             self.chosen[entry.owner] = entry.strategy, self._choice(node, entry, before, axis)
         strategy, chief = self.chosen[entry.owner]
-        new = formulas.merge(old, before, chief, strategy)
+        new = merge(old, before, chief, strategy)
         steps.append(Step(strategy, before, chief, old, new, node in self.residual))
         self.env[node] = axis.change(value, lambda _: new)
         self.seen[node] = {**self.seen.get(node, {}), entry.stream: len(steps)}
@@ -231,17 +231,17 @@ class Reduced(Running):
             raise Unfit("which place of a cell is kept is drawn by a seed")
         if entry.match in ("features", "sketch"):
             vectors = self.env[node].flatten()[axis.places].unsqueeze(-1)
-            metric = formulas.metric_of(vectors, entry.match)
+            metric = metric_of(vectors, entry.match)
         else:
-            metric = formulas.metric_of(self._vectors(entry, entry.key), entry.match)
+            metric = metric_of(self._vectors(entry, entry.key), entry.match)
             if entry.match == "queries_keys":
-                metric = torch.cat([formulas.metric_of(self._vectors(entry, entry.query), entry.match), metric], -1)
+                metric = torch.cat([metric_of(self._vectors(entry, entry.query), entry.match), metric], -1)
         valid = self._valid(entry) if entry.padding else None
         if len(metric) < len(before):  # keys that are the same for all samples
             metric = metric.expand(len(before), -1, -1)
         valid = valid.expand(len(before), -1) if valid is not None else None
-        score = [formulas.similarity(m, None if valid is None else valid[b]) for b, m in enumerate(metric)]
-        return formulas.join(before, score, entry.r, entry.lead, entry.tail, entry.grid)
+        score = [similarity(m, None if valid is None else valid[b]) for b, m in enumerate(metric)]
+        return join(before, score, entry.r, entry.lead, entry.tail, entry.grid)
 
     def _vectors(self, entry: Entry, vectors: Vectors) -> Tensor:
         """Queries or keys as ``[B, N, D, heads]``."""

@@ -47,8 +47,8 @@ class Study:
 
     "plain" is the traced graph as Dynamo gave it; with proofs there are "polymorphic" and "permute" too.
     ``interpreted`` has what the interpreter computed for a variant, ``undecided`` why it could not. Variants of a
-    further placement are called `placed(name, placement)`; ``placements`` are those that any graph has, "" the base's own. ``graphs`` is how
-    many graphs there were, ``tracing`` the seconds that Dynamo took to make them.
+    further placement are called `placed(name, placement)`; ``placements`` are those that any graph has, "" the base's
+    own. ``graphs`` is how many graphs there were, ``tracing`` the seconds that Dynamo took to make them.
     """
 
     outputs: dict[str, Any] = field(default_factory=dict)
