@@ -14,6 +14,7 @@ from tofu_fx.testing.assertions import (
     well_formed,
 )
 from tofu_fx.testing.compare import randomise, relative_error, same_bits, tensors
+from tofu_fx.testing.duplicates import repeated, without_positions
 from tofu_fx.testing.formulas import Undecided
 from tofu_fx.testing.graphs import Pass, applied, capture, capture_aten, difference, lowered, same_graph
 from tofu_fx.testing.interpreter import Interpreter
@@ -60,9 +61,11 @@ __all__ = [
     "randomise",
     "reducing",
     "relative_error",
+    "repeated",
     "same_bits",
     "same_graph",
     "study",
     "tensors",
     "well_formed",
+    "without_positions",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tofu_fx.demo.extra import MissingExtraError
 from tofu_fx.testing.compare import randomise
+from tofu_fx.testing.duplicates import repeated, without_positions
 from tofu_fx.testing.raw_graphs import ALIKE, BY_PLACE, IN_PLACE, GraphBuilder, RawGraph
 from tofu_fx.testing.spec import Spec
 from tofu_fx.testing.transformers import Transformer
@@ -78,6 +79,19 @@ def specs(draw: st.DrawFn, **fixed: Any) -> Spec:
 def transformers(draw: st.DrawFn, **fixed: Any) -> DrawnTransformer:
     """A small transformer with random parameters and inputs; fields of its `Spec` passed by name are not drawn."""
     return made(draw(specs(**fixed)), draw(st.integers(1, 3)), draw(st.integers(0, 3)))
+
+
+@st.composite
+def duplicated(draw: st.DrawFn, **fixed: Any) -> DrawnTransformer:
+    """A small transformer without positions, whose input is full of exact copies: other ones in each sample.
+
+    Merging up to two tokens at a site changes its outputs by no more than rounding.
+    """
+    fixed = {"mask": "none", "rotary": False, "grid": (4, 4), **fixed}
+    drawn = draw(transformers(**fixed))
+    x, *rest = drawn.inputs
+    model = without_positions(drawn.model)
+    return replace(drawn, model=model, inputs=(repeated(x, 2, drawn.seed), *rest))
 
 
 @st.composite
