@@ -245,7 +245,7 @@ class Rewriter:
         return is_op(node, *_SAME) or unchanged or recast
 
     def _form(self, node: Node) -> list[Any]:
-        """Where a node has its tokens and samples. Its features are those of the stream or of the branch added to it."""
+        """Where a node has its tokens and samples. Features may be named after the stream or the branch added to it."""
         stream, axes = self.stream_of(node), self.tracer.of(node)
         assert stream is not None
         return [dim if any(atom.is_token or atom in stream.batch for atom in dim) else dim_size(dim) for dim in axes]

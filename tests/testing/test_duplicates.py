@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tests.testing.examples import share
 from tests.zoo import ZOO
-from tofu_fx.testing import PERMUTATION_TOLERANCE, repeated, relative_error, study
+from tofu_fx.testing import PERMUTATION_TOLERANCE, relative_error, repeated, study
 from tofu_fx.testing.strategies import DrawnTransformer, duplicated
 
 STRATEGIES = ("prune", "mean", "mlerp")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import tofu_fx.testing
 from tofu_fx.companions import Companions
@@ -104,7 +104,9 @@ def skips_pruned(patch: pytest.MonkeyPatch) -> None:
 def table_shifted(patch: pytest.MonkeyPatch) -> None:
     """Tables show each token the row of its neighbour."""
     kept = Stream.kept
-    patch.setattr(Stream, "kept", lambda self, emit, *rest: emit.call(aten.roll.default, kept(self, emit, *rest), [1], [1]))
+    patch.setattr(
+        Stream, "kept", lambda self, emit, *rest: emit.call(aten.roll.default, kept(self, emit, *rest), [1], [1])
+    )
 
 
 def no_log_size(patch: pytest.MonkeyPatch) -> None:
@@ -129,13 +131,59 @@ PLANTED: dict[Callable[[pytest.MonkeyPatch], None], tuple[Spec, set[str]]] = {
 
 
 @pytest.mark.parametrize("fault", PLANTED, ids=lambda fault: fault.__name__)
-def test_prove_sees_a_planted_fault(fault: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prove_sees_a_planted_fault(
+    fault: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec, strategies = PLANTED[fault]
     sound = proofs_of(spec).check()
     assert not sound.undecided
     fault(monkeypatch)
     seen = {said.split()[1] for said in proofs_of(spec).failures if said.startswith("meaning")}
     assert seen >= strategies
+
+
+class Flat(nn.Module):
+    """Attention with batch and tokens in one dim, and residual adds that are spelled ``branch + x``."""
+
+    def __init__(self, pooled: bool, tokens: int = 16, width: int = 16) -> None:
+        super().__init__()
+        self.pooled, self.width = pooled, width
+        self.prefix, self.table = (
+            nn.Parameter(torch.randn(1, 3, width)),
+            nn.Parameter(torch.randn(1, 3 + tokens, width)),
+        )
+        self.projections = nn.ModuleList(nn.Linear(width, width) for _ in range(8))
+        self.mlps = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 32), nn.GELU(), nn.Linear(32, width)) for _ in range(2)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch = x.shape[0]
+        x = torch.cat([self.prefix.expand(batch, -1, -1), x], 1)
+        for i, mlp in enumerate(self.mlps):
+            x, tokens = x + self.table, x.shape[1]
+            flat = self.norms[2 * i](x).reshape(-1, self.width)
+            q, k, v = (p(flat).view(batch, tokens, 2, -1).transpose(1, 2) for p in self.projections[4 * i : 4 * i + 3])
+            heads = (q @ k.transpose(-2, -1) * 8**-0.5).softmax(-1) @ v
+            x = self.projections[4 * i + 3](heads.transpose(1, 2).reshape(batch, tokens, self.width)) + x
+            x = mlp(self.norms[2 * i + 1](x)) + x
+        x = self.norms[4](x)
+        return x.logsumexp(1) if self.pooled else x
+
+
+def test_branch_that_is_entered_flat_ends_at_its_residual_add() -> None:
+    torch.manual_seed(0)
+    proofs = prove(Flat(pooled=True).eval(), torch.randn(4, 16, 16)).check()
+    assert len(proofs.matched) == 2
+    assert {site.placement for site in proofs.matched} == {"branch"}
+    assert "mlerp, stream" in proofs.meaning
+
+
+def test_tokens_are_restored_with_their_own_features_whichever_operand_of_the_residual_add_is_first() -> None:
+    torch.manual_seed(0)
+    proofs = prove(Flat(pooled=False).eval(), torch.randn(4, 16, 16), options={"placement": "stream"}).check()
+    assert not proofs.undecided
 
 
 def test_merged_tokens_that_count_once_are_those_of_the_interpreter() -> None:

@@ -202,7 +202,8 @@ def _further(compilation: Compilation, base: Mapping[str, Any]) -> list[str]:
     if base.get("placement", "auto") != "auto":
         return []
     chosen = {site.placement if site.matched else "" for site in compilation.sites}
-    return [placement for placement in ("stream", "branch") if chosen and chosen != {placement}]
+    # Where it chose no branch it is the stream; sites that have no place on the stream may have one in their branch.
+    return [*(["stream"] if "branch" in chosen else []), *(["branch"] if chosen and chosen != {"branch"} else [])]
 
 
 def _polymorphic(gm: GraphModule, inputs: Any, base: Mapping[str, Any]) -> Compilation | None:
