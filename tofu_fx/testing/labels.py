@@ -136,7 +136,11 @@ def carry(trial: Trial, operands: Sequence[list[Axis]]) -> list[list[Axis]]:
             for i, (token, sample) in enumerate(zip(tokens, trial.follow(place, axis.sample), strict=True)):
                 if bool((token >= 0).any()):
                     _add(found[i], Axis(axis.stream, token, sample))
-    return [[Axis(axis.stream, _filled(axis.token, 2), _filled(axis.sample, 1)) for axis in axes] for axes in found]
+    # A single token, taken from the others (a class token), has no places among them any more.
+    return [
+        [Axis(axis.stream, _filled(axis.token, 2), _filled(axis.sample, 1)) for axis in axes if len(axis.tokens) > 1]
+        for axes in found
+    ]
 
 
 def _filled(labels: Tensor, least: int) -> Tensor:

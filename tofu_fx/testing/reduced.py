@@ -62,6 +62,9 @@ class Reduced(Running):
     def visit(self, node: Node) -> Any:
         """Compute a node on tokens that share their groups' features, or on whole ones."""
         reduced = [value for value in node.all_input_nodes if self.seen.get(value)]
+        if getattr(node.target, "__name__", "") in ("_enter_autocast", "_exit_autocast"):
+            for value in list(self.seen):  # behind it they would be computed again in another precision
+                self.whole(value)
         if not reduced:
             return self.plain(node, {})
         if node.name in self.facts.barriers:
@@ -200,12 +203,12 @@ class Reduced(Running):
         if not chained or not self._same_places(chained[0], node):
             return False
         if _name(node) == "add":
-            return node.kwargs.get("alpha", 1) == 1
+            return bool(node.kwargs.get("alpha", 1) == 1)
         return _name(node) in _COPIES and bool(chained[0].meta["val"].dtype == node.meta["val"].dtype)
 
     def _same_places(self, node: Node, other: Node) -> bool:
         ours, others = self.axes(node), self.axes(other)
-        return len(ours) == 1 and len(others) == 1 and torch.equal(ours[0].token, others[0].token)
+        return len(ours) == len(others) == 1 and torch.equal(ours[0].token, others[0].token)
 
     # ---- reducing --------------------------------------------------------------------------------------------------
 
