@@ -45,7 +45,7 @@ def examine(case: Case) -> dict[str, Any]:
     model = case.model()
     args, kwargs = case.inputs()
     start = time.perf_counter()
-    proofs = prove(model, *args, steps=3, **kwargs)
+    proofs = prove(model, *args, **kwargs)
     seconds = time.perf_counter() - start
     explained = tofu_fx.explain(model, *args, options=OPTIONS, **kwargs)
     flops = explained.flops_after / explained.flops_before if explained.flops_before else 1.0
@@ -68,7 +68,7 @@ def _proofs(proofs: Proofs) -> dict[str, Any]:
     return {
         "identity": proofs.identity,
         "permutation": float(f"{proofs.permutation:.2g}"),
-        "meaning": float(f"{max(proofs.meaning, default=0.0):.2g}"),
+        "meaning": float(f"{max(proofs.meaning.values(), default=0.0):.2g}"),
         "failures": proofs.failures,
     }
 

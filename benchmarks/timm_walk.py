@@ -121,7 +121,7 @@ def judge(model: torch.nn.Module, x: torch.Tensor, millions: float) -> dict[str,
         row["proofs"] = f"left out: more than {LARGE} million parameters"
     elif found.matched:
         proofs = proved(model, x)
-        errors = {"permutation": proofs.permutation, "meaning": max(proofs.meaning), "changed": proofs.changed}
+        errors = {"permutation": proofs.permutation, "meaning": max(proofs.meaning.values()), "changed": proofs.changed}
         row["proofs"] = {"identity": proofs.identity, **{key: float(f"{e:.2g}") for key, e in errors.items()}}
         if proofs.failures:
             row.update(outcome="failed", error="; ".join(proofs.failures))
@@ -131,11 +131,11 @@ def judge(model: torch.nn.Module, x: torch.Tensor, millions: float) -> dict[str,
 def proved(model: torch.nn.Module, x: torch.Tensor) -> Proofs:
     """The proofs with two tokens a site, or one where the last sites of a hierarchy have no two to give."""
     try:
-        return prove(model, x, steps=2)
+        return prove(model, x)
     except Exception as error:
         if "arrive there" not in str(error):
             raise
-        return prove(model, x, steps=2, r=1)
+        return prove(model, x, r=1)
 
 
 def plain(text: str) -> str:

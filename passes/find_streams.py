@@ -219,7 +219,7 @@ def _seed(site: Site, plain: AxisTracer, node: Node, dim: int, place: int, numbe
         tracer.samples.axes[number] = tuple(axes[d][i] for d, i in samples)
         base = Base(f"tokens{number}", site.tokens - site.lead - site.tail, "token", number)
         tokens, atoms = Atom(base, -site.lead, site.tokens), axes[dim]
-        tracer.entered[number] = atoms, site.tokens
+        tracer.entered[number] = atoms if place < 0 else atoms[place : place + 1], site.tokens
         tracer.samples.tokens[number] = (atoms if place < 0 else (atoms[place],)), site.lead
         mixed = (tokens,) if place < 0 else (*atoms[:place], tokens, *atoms[place + 1 :])
         return (*axes[:dim], mixed, *axes[dim + 1 :])
@@ -234,7 +234,7 @@ def _assign_stream(site: Site, tracer: AxisTracer) -> None:
         site.decline = Decline("the stream's tokens cannot be followed to this residual add", site.reduce_at)
         return
     site.stream, site.lead, site.tail = atoms[0].base.stream, atoms[0].lead, atoms[0].tail
-    if site.placement == "branch" and site.stream not in tracer.branches:
+    if site.placement == "branch" and tracer.branches.get(site.stream) != site.branches[0].inside:
         site.decline = Decline("its tokens are those of a stream that is reduced already", site.reduce_at)
         return
     if site.placement == "branch" and not any(a.base is atoms[0].base for a in tracer.tokens(site.attention.query)):

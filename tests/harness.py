@@ -12,8 +12,6 @@ from tofu_fx.testing import (
     PERMUTATION_TOLERANCE,
     Study,
     meaning_errors,
-    meaning_variants,
-    permutation_plan,
     plan_rows,
     randomise,
     relative_error,
@@ -23,8 +21,8 @@ from tofu_fx.testing import (
 )
 
 __all__ = [
-    "EAGER", "MEANING_TOLERANCE", "PERMUTATION_TOLERANCE", "Study", "compiled", "meaning_errors", "meaning_variants",
-    "permutation_plan", "plan_rows", "randomise", "relative_error", "same_bits", "study", "tensors",
+    "EAGER", "MEANING_TOLERANCE", "PERMUTATION_TOLERANCE", "Study", "compiled", "meaning_errors",
+    "plan_rows", "randomise", "relative_error", "same_bits", "study", "tensors",
 ]  # fmt: skip
 
 

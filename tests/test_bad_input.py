@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import tofu_fx
-from tests.harness import EAGER, compiled, relative_error, same_bits
+from tests.harness import EAGER, compiled, relative_error, same_bits, study
 from tests.zoo import ZOO
 from tests.zoo.handwritten import DEPTH, DIM, EinsumAttention, Plain
 from tests.zoo.odd import Between, Causal, Halved, Weights, reverse_tokens
@@ -159,8 +159,9 @@ def test_op_without_a_rule_gets_whole_tokens_and_the_right_result(op: str) -> No
     explained = tofu_fx.explain(model, X, options={"r": 4, "placement": "stream"})
     assert any(op in barrier or "reverse_tokens" in barrier for barrier in explained.barriers)
     assert explained.matched == DEPTH
-    plan = tofu_fx.Plan(sites=[row.model_copy(update={"strategy": "permute", "r": 0}) for row in explained.plan.sites])
-    assert relative_error(compiled(model, plan=plan)(X), model(X)) < 1e-5
+    found = study(model, X, variants={}, base={"placement": "stream"})
+    assert len(found.reducing("permute")) == DEPTH
+    assert relative_error(found.outputs["permute"], model(X)) < 1e-5
     assert compiled(model, r=4, placement="stream")(X).isfinite().all()
 
 
@@ -236,9 +237,7 @@ def test_tokens_changed_in_place_where_it_shows_keep_the_right_values(change: st
 
     model = Between(between).eval()
     plan = tofu_fx.explain(model, X, options={"r": 4}).plan
-    shuffled = tofu_fx.Plan(sites=[row.model_copy(update={"strategy": "permute", "r": 0}) for row in plan.sites])
-    options = {"plan": shuffled} if plan.sites else {"r": 4}
-    assert relative_error(fallback(model, **options)[0], model(X)) < 1e-5
+    assert relative_error(study(model, X, variants={}).outputs["permute"], model(X)) < 1e-5
     reduced, messages = fallback(model, r=4)
     assert reduced.shape == (2, 10)
     assert plan.sites or any("in place" in message for message in messages)

@@ -8,13 +8,17 @@ from tests import replay
 from tests.zoo import CATALOGUE
 from tofu_fx.testing import prove
 
+#: words that come twice at no position of their own are exact copies, of which rounding chooses
+UNDECIDED = ("transformers: t5_encoder", "transformers: modernbert")
+
 
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_model_is_accelerated_and_right_or_says_why_not(name: str) -> None:
     case = CATALOGUE[name]
     args, kwargs = case.inputs()
-    proofs = prove(case.model(), *args, steps=2, **kwargs)
+    proofs = prove(case.model(), *args, **kwargs)
     assert not proofs.failures
+    assert not proofs.undecided or name in UNDECIDED, proofs.undecided
     reasons = [str(site.decline) for site in proofs.sites if not site.matched]
     assert (len(proofs.matched), len(reasons)) == (case.sites, len(case.declined)), reasons
     for words, reason in zip(case.declined, reasons, strict=True):

@@ -183,7 +183,7 @@ def test_tokens_that_leave_an_autocast_region_are_restored_in_its_precision() ->
     assert proofs.identity
     assert len(proofs.matched) == 3
     assert proofs.permutation < BFLOAT16
-    assert max(proofs.meaning) < BFLOAT16
+    assert max(proofs.meaning.values()) < BFLOAT16
 
 
 @torch.no_grad()
@@ -208,7 +208,7 @@ def test_failure_inside_an_autocast_region_leaves_no_autocast_behind(monkeypatch
 def test_one_block_in_a_loop_is_one_site_for_each_turn() -> None:
     proofs = prove(ByBlocks(lambda i, block, x: block(x), order=(0, 0, 0)), images(), r=R).check()
     assert [site.id.rpartition(".")[2] for site in proofs.matched] == ["attn", "attn#2", "attn#3"]
-    assert len(proofs.meaning) == 3
+    assert {"prune", "mean", "mlerp"} <= set(proofs.meaning)
 
 
 class Broken(nn.Module):

@@ -10,9 +10,12 @@ import transformers
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.eager_reference import Reducer, reference_vit
-from tests.harness import EAGER, MEANING_TOLERANCE, randomise, relative_error
+from tests.harness import EAGER, MEANING_TOLERANCE, plan_rows, randomise, relative_error
 from tests.zoo import ZOO
-from tofu_fx.backend import tofu
+from tofu_fx.backend import rewrite, tofu
+from tofu_fx.options import Options
+from tofu_fx.pipeline import run_pipeline
+from tofu_fx.planning.plan import Plan
 
 
 @pytest.fixture(autouse=True)
@@ -71,16 +74,16 @@ def test_batch_merged_with_tokens_in_a_view_that_infers_the_features() -> None:
     "name", ["deit3", "siglip", "eva02", "dinov3", "relpos", "hf_vit_eager", "torchvision_vit", "encoder_tokens_first"]
 )
 def test_permutation_holds_in_a_graph_with_a_symbolic_batch(name: str) -> None:
-    from tests.harness import permutation_plan
-    from tofu_fx.options import Options
-    from tofu_fx.pipeline import run_pipeline
-
     entry = ZOO[name]
     model = entry.model()
 
     def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
         compilation = run_pipeline(gm, Options.parse({**EAGER, "r": 1}), inputs, skip=("insert_reductions",))
-        return tofu(gm, inputs, options={**EAGER, "plan": permutation_plan(compilation)})
+        plan = Plan(sites=plan_rows(compilation, r=0, strategy="prune"))
+        shuffled = rewrite(gm, Options.parse({**EAGER, "plan": plan}), inputs, shuffle=True).compilation
+        assert shuffled is not None
+        assert len(shuffled.reducing) == entry.sites
+        return shuffled.gm
 
     torch._dynamo.reset()
     call = torch.compile(model, backend=backend, dynamic=None)

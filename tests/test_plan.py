@@ -22,6 +22,14 @@ def plan() -> Plan:
         return tofu_fx.explain(ENTRY.model(), ENTRY.inputs(), options={"r": 4}).plan
 
 
+@pytest.mark.parametrize("strategy", ["permute", "duplicate", "shuffle"])
+def test_strategies_of_the_proofs_are_none_that_a_plan_can_have(plan: Plan, strategy: str) -> None:
+    written = plan.model_dump()
+    written["sites"][1]["strategy"] = strategy
+    with pytest.raises(PlanError, match=r"sites.1.strategy"):
+        Plan.load(written)
+
+
 def test_saved_plan_reads_back_equal(plan: Plan, tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan

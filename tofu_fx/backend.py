@@ -128,7 +128,11 @@ class Outcome:
 
 
 def rewrite(
-    gm: GraphModule, options: Options, example_inputs: Sequence[Any] | None = None, shared_kernels: bool = False
+    gm: GraphModule,
+    options: Options,
+    example_inputs: Sequence[Any] | None = None,
+    shared_kernels: bool = False,
+    shuffle: bool = False,
 ) -> Outcome:
     """Run the pipeline over a Dynamo graph, which stays as it is; arguments as for ``run_pipeline``.
 
@@ -139,7 +143,7 @@ def rewrite(
         # An optimizer's step, or a fragment between two graph breaks.
         return Outcome(None, f"{NOTHING}the graph has no product of matrices", state="empty")
     try:
-        return _outcome(run_pipeline(gm, options, example_inputs, shared_kernels=shared_kernels))
+        return _outcome(run_pipeline(gm, options, example_inputs, shared_kernels=shared_kernels, shuffle=shuffle))
     except (OptionError, PlanError):
         raise
     except Unsupported as reason:

@@ -44,6 +44,8 @@ class Compilation:
     token_counts: list[int] = field(default_factory=list)
     #: what calibration needs to know of each site; None where the graph is rewritten to be compiled (insert_reductions)
     rehearsed: list[Rehearsed] | None = None
+    #: whether tokens are shuffled at every site instead of being reduced, which must change nothing: for proofs
+    shuffle: bool = False
     #: the node being worked on, for the message if a pass fails
     at: Node | None = None
     #: pass name -> seconds (the runner)
@@ -52,7 +54,7 @@ class Compilation:
     @property
     def reducing(self) -> list[Site]:
         """The sites at which tokens go, in graph order."""
-        return [site for site in self.sites if site.matched and (site.r > 0 or site.strategy == "permute")]
+        return [site for site in self.sites if site.matched and (site.r > 0 or self.shuffle)]
 
     @property
     def traced(self) -> AxisTracer:

@@ -49,6 +49,7 @@ def run_pipeline(
     skip: Collection[str] = (),
     shared_kernels: bool = False,
     rehearse: bool = False,
+    shuffle: bool = False,
 ) -> Compilation:
     """Run the passes over a Dynamo graph (which stays as it is) and return what they found and made.
 
@@ -59,6 +60,7 @@ def run_pipeline(
         skip: names of passes to leave out, for experiments.
         shared_kernels: make token counts inputs of the rewritten graph (see ``tofu_fx.inputs``).
         rehearse: do so on any device, and write what ``tofu_fx.planning.rehearsal`` needs.
+        shuffle: shuffle the tokens at every matched site; with r = 0 at each, the outputs must stay the same.
 
     Raises:
         TofuError: from a pass on purpose (an option or plan that does not fit, an unsupported graph).
@@ -68,7 +70,7 @@ def run_pipeline(
     if unknown:
         raise TofuError(f"unknown pass to skip: {', '.join(sorted(unknown))}")
     compilation = Compilation(gm, options, example_inputs, shared_kernels=shared_kernels or rehearse)
-    compilation.rehearsed = [] if rehearse else None
+    compilation.rehearsed, compilation.shuffle = [] if rehearse else None, shuffle
     placeholders = len(gm.graph.find_nodes(op="placeholder"))
     for run in PASSES:
         if run.__name__ not in skip:

@@ -26,9 +26,9 @@ from tofu_fx.options import Match
 from tofu_fx.planning.site import Branch, Rehearsed, Site
 from tofu_fx.proportional import attention_bias, biased_attention, biased_scores, weighted
 from tofu_fx.sketch import folds
-from tofu_fx.streams import Stream, Version
+from tofu_fx.streams import SHUFFLE, Stream, Version
 from tofu_fx.strides import as_traced
-from tofu_fx.tokens import Axes, Barrier, hint, token_atoms, token_dim
+from tofu_fx.tokens import Axes, Barrier, dim_size, hint, token_atoms, token_dim
 from tofu_fx.tracer import AxisTracer
 
 #: The version of a node: 0 with the tokens that were traced. A node of two streams (text that reads an image) is at a
@@ -255,13 +255,19 @@ class Rewriter:
         """Whether a node is still the residual stream: an addition to it, or the same values."""
         inputs = self._reduced_inputs(node)
         chained = [value for value in inputs if value in self.chain and self.native[value] == version]
-        if not chained or self.tracer.of(chained[0]) != self.tracer.of(node):
+        if not chained or self._form(chained[0]) != self._form(node):
             return False
         if is_op(node, "add"):
             return argument(node, "alpha", 1) == 1
         unchanged = is_op(node, "dropout") and (not argument(node, "train") or argument(node, "p") == 0)
         recast = is_op(node, "to") and node.meta["val"].dtype == inputs[0].meta["val"].dtype
         return is_op(node, *_SAME) or unchanged or recast
+
+    def _form(self, node: Node) -> list[Any]:
+        """Where a node has its tokens and samples. Features may be named after the stream or the branch added to it."""
+        stream, axes = self.stream_of(node), self.tracer.of(node)
+        assert stream is not None
+        return [dim if any(atom.is_token or atom in stream.batch for atom in dim) else dim_size(dim) for dim in axes]
 
     # ---- reducing --------------------------------------------------------------------------------------------------
 
@@ -298,7 +304,8 @@ class Rewriter:
         if rehearsed is not None:
             others = self._other_metrics(site, stream, version, x)
         additive = node in self.chain
-        step = stream.reduce(self.emit, x, metric, site.strategy, count, seed, additive, site.r, site.cells)
+        strategy = SHUFFLE if self.compilation.shuffle else site.strategy
+        step = stream.reduce(self.emit, x, metric, strategy, count, seed, additive, site.cells)
         if rehearsed is not None:
             fuse = step.merged.args[0]
             assert isinstance(fuse, Node)

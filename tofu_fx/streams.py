@@ -20,8 +20,8 @@ from tofu_fx.tokens import Atom, Barrier
 
 tofu = torch.ops.tofu
 _END = 2**63 - 1
-#: what a group becomes where its members are then given copies of it; any strategy proves the same
-_COPIED = "mlerp"
+#: instead of a strategy: no token goes, all change places (for the proof that nothing depends on where they stand)
+SHUFFLE = "shuffle"
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,7 @@ class Version:
     """One reduction, from the version before to this one. All nodes are canonical: ``[B, N, ...]`` over the run.
 
     ``additive`` says that between the last reduction and this one the stream only had branches added to it, so that
-    what a token was before can be added back when the tokens are restored. ``merges`` are the assignment and the
-    survivors of the merge itself, where its result was then copied back to all members (a duplication, for proofs).
+    what a token was before can be added back when the tokens are restored.
     """
 
     strategy: str
@@ -42,7 +41,6 @@ class Version:
     before: Node
     merged: Node
     additive: bool
-    merges: tuple[Node, Node] | None = None
 
 
 @dataclass
@@ -74,31 +72,22 @@ class Stream:
         count: Count,
         seed: int,
         additive: bool,
-        r: int,
         cells: tuple[int, ...] = (),
     ) -> Version:
         """Append the fused node that makes the next version of ``x`` ``[B, N, C]``, of ``count`` tokens.
 
-        ``r`` is how many tokens are merged where all of them stay (the strategy "duplicate"); ``cells`` is the
-        operator's grid.
+        ``cells`` is the operator's grid.
         """
         size = self.size(emit, self.newest, x)
         lead, tail = self.run.lead, self.run.tail
         grid = [list(cells)] if cells else []
-        if strategy == "permute":
+        if strategy == SHUFFLE:
             fused = emit.call(tofu.permute_tokens.default, x, size, seed, lead, tail)
-        elif strategy == "duplicate":
-            fused = emit.call(tofu.fuse_tokens.default, x, metric, size, r, _COPIED, lead, tail, *grid)
         else:
             gone = emit.arithmetic(operator.sub, self.count(emit, self.newest, self.run), count)
             fused = emit.call(tofu.fuse_tokens.default, x, metric, size, gone, strategy, lead, tail, *grid)
         merged, new_size, assignment, kept = (emit.call(operator.getitem, fused, i) for i in range(4))
-        merges = None
-        if strategy == "duplicate":
-            merges, new_size = (assignment, kept), size  # each member stands for itself
-            merged = emit.call(tofu.restore_tokens.default, merged, assignment)
-            assignment = kept = emit.call(aten.gather.default, kept, 1, assignment)  # of each member, its survivor
-        version = Version(strategy, count, size, new_size, assignment, kept, x, merged, additive, merges)
+        version = Version(strategy, count, size, new_size, assignment, kept, x, merged, additive)
         self.versions.append(version)
         return version
 
@@ -166,14 +155,9 @@ class Stream:
         """Features of the version before -> ``version``, by the same merge."""
         step = self.versions[version - 1]
         x = layout.to_canonical(emit, node, self.count(emit, version - 1, layout.atom))
-        merges = step.strategy != "permute" and x.meta["val"].is_floating_point()
+        merges = step.strategy != SHUFFLE and x.meta["val"].is_floating_point()
         strategy = step.strategy if merges else "prune"  # what is no feature (a flag, an index) follows the survivor
-        if step.merges is None:
-            merge = _caller(emit, tofu.rebase.default, step.size_before, step.assignment, step.kept, strategy)
-        else:
-            own = _caller(emit, tofu.rebase.default, step.size_before, *step.merges, _COPIED if merges else "prune")
-            copy = _caller(emit, tofu.restore_tokens.default, step.merges[0])
-            merge = lambda x: copy(own(x))  # noqa: E731
+        merge = _caller(emit, tofu.rebase.default, step.size_before, step.assignment, step.kept, strategy)
         x = self._on_own_run(emit, x, layout.atom, merge)
         return layout.from_canonical(emit, x, self.count(emit, version, layout.atom))
 

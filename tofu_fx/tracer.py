@@ -59,7 +59,7 @@ class AxisTracer:
     space: Space = field(default_factory=Space)
     #: number of a stream that is one branch of a block -> the nodes inside of it, which never end it
     branches: Mapping[int, frozenset[Node]] = field(default_factory=dict)
-    #: number of such a stream -> the dimension that its tokens were before they were given to it, and their number
+    #: number of such a stream -> what its tokens were before they were given to it, and how many
     entered: dict[int, tuple[Dim, int]] = field(default_factory=dict)
     #: nodes at which a branch ends
     ends: set[Node] = field(default_factory=set)
@@ -246,12 +246,13 @@ class AxisTracer:
             carrying = [v for v in inputs if any(atom.base.stream == number for atom in self.tokens(v))]
             if node in inside or not carrying:
                 continue
-            dim, tokens = self.entered.get(number, ((), 0))
+            places, tokens = self.entered.get(number, ((), 0))
             # Text and image that were joined for the branch are apart again, and meet what they were before that.
             apart = any(atom.size != tokens for atom in self.tokens(carrying[0]))
             for value in inputs:
                 whole = value in self.depends and not self.tokens(value) and _is_axes(self.axes.get(value, ()))
-                if whole and (apart or dim in self.of(value)) and _places(value) == _places(carrying[0]):
+                known = whole and bool(places) and any(_is_part(places, dim) for dim in self.of(value))
+                if whole and (apart or known) and _places(value) == _places(carrying[0]):
                     return value
         return None
 
@@ -342,6 +343,11 @@ def trace(make: Callable[[Space], AxisTracer]) -> AxisTracer:
         if aligned == space.aligned:
             return tracer
         space = Space(aligned)
+
+
+def _is_part(atoms: Dim, dim: Dim) -> bool:
+    """Whether atoms stand in a dim, side by side."""
+    return any(dim[i : i + len(atoms)] == atoms for i in range(len(dim) - len(atoms) + 1))
 
 
 def _places(node: Node) -> list[int]:

@@ -223,7 +223,7 @@ def test_other_reuse_equals_the_reference_too(name: str, reuse: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_all_proofs_hold(name: str) -> None:
     options = {"placement": "branch", "branches": ["attention", "mlp"]}
-    proofs = prove(randomise(MODELS[name]()), images(), r=R, steps=2, options=options).check()
+    proofs = prove(randomise(MODELS[name]()), images(), r=R, options=options).check()
     lead = MODELS[name]().lead
     assert [(site.lead, site.tail, site.grid) for site in proofs.matched] == [(lead, 0, (1, SIDE, SIDE))] * DEPTH
 
@@ -414,9 +414,7 @@ def test_text_beside_the_image_is_never_merged(text_first: bool) -> None:
     ] * 3
     assert relative_error(found.outputs["branch"], joint_reference(model, images(), text)) < MEANING_TOLERANCE
     assert relative_error(found.outputs["branch"], found.outputs["plain"]) > 1e-3
-    prove(
-        model, images(), text, r=R, steps=2, options={"placement": "branch", "branches": ["attention", "mlp"]}
-    ).check()
+    prove(model, images(), text, r=R, options={"placement": "branch", "branches": ["attention", "mlp"]}).check()
 
 
 # ---- circumstances ---------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def test_every_branch_of_every_denoiser_is_rewritten_right(name: str) -> None:
     args, kwargs = case.inputs()
     # The UNets' graphs are the largest by far: of them one site is proved beside the whole.
     options = {**EVERYWHERE, **MORE.get(name, {})}
-    proofs = prove(case.model(), *args, steps=1 if name.startswith("UNet") else 2, options=options, **kwargs).check()
+    proofs = prove(case.model(), *args, options=options, **kwargs).check()
     assert len(proofs.matched) == SITES.get(name, case.sites)
     assert {site.placement for site in proofs.matched} <= {"branch"}
     # What is left are cross-attentions, and linear ones.
@@ -163,7 +163,7 @@ SMALL: dict[str, Any] = {"channels": (32,), "side": 8, "mid_block_type": None}
 def test_other_batches_are_rewritten_right(batch: int) -> None:
     """A batch of one has an axis that could be taken for any other; an odd one is no pair of guidance."""
     inputs = unet_inputs(torch.Generator().manual_seed(batch), side=8, batch=batch)
-    proofs = prove(randomise(Called(unet(**SMALL))), *inputs, steps=1, options=EVERYWHERE).check()
+    proofs = prove(randomise(Called(unet(**SMALL))), *inputs, options=EVERYWHERE).check()
     assert [(site.tokens, site.grid) for site in proofs.matched] == [(64, (1, 8, 8))] * 3
 
 

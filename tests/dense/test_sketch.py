@@ -94,7 +94,7 @@ def test_it_can_be_asked_for_on_a_stream_and_changes_nothing_where_nothing_is_fo
 
 @pytest.mark.parametrize("placement", ["stream", "branch"])
 def test_all_proofs_hold(placement: str) -> None:
-    proofs = prove(vit(WIDE), IMAGES, r=9, steps=2, options={"placement": placement, "match": "sketch"}).check()
+    proofs = prove(vit(WIDE), IMAGES, r=9, options={"placement": placement, "match": "sketch"}).check()
     assert len(proofs.matched) == 2
 
 

@@ -13,8 +13,9 @@ SHARES = {
     "every pass on a transformer": 24,
     "proofs of a transformer": 8,
     "two towers": 3,
+    "exact copies": 6,
     "lowering a raw graph": 45,
-    "functionalising a raw graph": 60,
+    "functionalising a raw graph": 54,
     "all passes on a raw graph": 30,
     "shuffled tokens of a raw graph": 30,
 }

@@ -92,7 +92,7 @@ def test_passes_keep_graphs_well_formed_and_change_only_what_they_may(drawn: Dra
 @share("proofs of a transformer")
 @given(drawn=transformers())
 def test_identity_permutation_and_meaning_hold_for_any_transformer(drawn: DrawnTransformer) -> None:
-    proofs = prove(drawn.model, *drawn.inputs, steps=1)
+    proofs = prove(drawn.model, *drawn.inputs)
     # A class token that is read behind the last attention does not see the tokens that went there.
     assert not [said for said in proofs.failures if not said.startswith("nothing")], proofs.failures
     event(f"{len(proofs.matched)} of {len(proofs.sites)} sites matched")
@@ -195,10 +195,10 @@ def test_a_second_change_through_a_view_is_seen_by_its_base() -> None:
 
 def test_a_long_skip_sees_a_stream_that_is_changed_in_place_through_a_view() -> None:
     drawn = made(Spec(skip="concatenate", reshape="flatten", in_place=True, depth=3))
-    assert prove(drawn.model, *drawn.inputs, steps=1).identity
+    assert prove(drawn.model, *drawn.inputs).identity
 
 
 def test_tokens_first_streams_are_pooled_in_their_own_layout() -> None:
     for pooling in ("mean", "mean_patches", "attention", "max"):
         drawn = made(Spec(layout="NBC", pooling=pooling, depth=1, prefix=2))
-        prove(drawn.model, *drawn.inputs, steps=1).check()
+        prove(drawn.model, *drawn.inputs).check()

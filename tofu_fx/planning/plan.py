@@ -79,7 +79,7 @@ class PlanRow(_Record):
     tokens: Count
     heads: Count
     dim: Count
-    strategy: Literal["prune", "mean", "mlerp", "permute", "duplicate"]
+    strategy: Literal["prune", "mean", "mlerp"]
     match: Match = "keys"
     r: int = Field(ge=0, le=MOST)
     placement: Literal["stream", "branch"] = "stream"

@@ -47,7 +47,7 @@ def schedule(sites: Sequence[Site], options: Options) -> None:
         elif r > cap:
             site.notes.append(f"r = {r} capped at {cap}: {count} tokens, {site.lead + site.tail} of them protected")
         site.strategy, site.match, site.r = strategy, match, min(r, cap)
-        return 0 if strategy == "duplicate" else site.r
+        return site.r
 
     for site, passage in walk(matched, decide):
         site.tokens_in, site.tokens_out = passage.arriving, passage.leaving

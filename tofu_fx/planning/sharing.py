@@ -18,8 +18,5 @@ def share_matches(sites: Sequence[Site], reuse: Reuse) -> None:
     for site in sites:
         site.shares = None
         if reuse == "resolution" and site.placement == "branch" and site.grid is not None:
-            owner = first.setdefault((site.cells, site.lead, site.tail, site.r, site.strategy in _PROOFS), site)
+            owner = first.setdefault((site.cells, site.lead, site.tail, site.r), site)
             site.shares = owner if owner is not site else None
-
-
-_PROOFS = ("permute", "duplicate")

@@ -16,8 +16,6 @@ LOOKS = {
     "prune": ("#c0392b", "v"),
     "mean": ("#e8a33a", "s"),
     "mlerp": ("#2471a3", "o"),
-    "permute": ("#7d3c98", "D"),
-    "duplicate": ("#7d3c98", "d"),
     "none": (GREY, "."),
 }
 

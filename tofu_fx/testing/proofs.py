@@ -5,11 +5,12 @@ Identity: with no token removed, the rewritten graph gives the bits of the untou
 Permutation: with the tokens shuffled at every site, the outputs agree to rounding. Whatever is indexed by token and was
 left behind (a table, a bias, a mask, a slice) shows as 1e-3 and more.
 
-Meaning: a reduced stream is worth what it stands for. At each site in turn, merging r tokens must give what comes out
-if the merged token is written over every member of its group and *all* tokens are kept. The graph behind the site then
-runs at full length with no sizes, no log(size) in the attention and no weighted pooling, so these are held against a
-computation that does without them. Sites before the one in question are reduced in both, so that together the steps
-prove the whole plan.
+Meaning: with tokens reduced at all sites, by every strategy, the outputs are those of an interpreter that shares no
+code with the compiler: it runs the untouched graph at full length and gives each token what its group becomes, by the
+formulas of the papers (``tofu_fx.testing.interpreter``).
+
+All three hold in every placement that a user can get: the one that the options give, and where that is the automatic
+one, those that can be asked for and differ from what it chose.
 """
 
 from __future__ import annotations
@@ -26,34 +27,39 @@ from tofu_fx.planning.counts import walk
 from tofu_fx.planning.plan import Plan
 from tofu_fx.planning.site import Site
 from tofu_fx.testing.compare import relative_error, same_bits, tensors
-from tofu_fx.testing.study import Study, Variant, plan_rows, study
+from tofu_fx.testing.study import POLYMORPHIC, SHUFFLED, Study, Variant, placed, plan_rows, study
 
 # A shuffle changes the order of the additions over tokens (attention, pooling) and nothing else. A sum of n float32
 # terms carries at most n/2 * eps = n * 6e-8 of its largest partial sum; with n <= 600 tokens and a handful of layers
 # that is some 1e-5 in the worst case and 1e-6 as measured. What stays behind shows as 1e-3 and more.
 PERMUTATION_TOLERANCE = 1e-5
-# The reference does the same float32 operations in another order of additions (sums over copies instead of products
+# The interpreter does the same float32 operations in another order of additions (sums over copies instead of products
 # with sizes): a few hundred terms x 6e-8, stretched by a few layers and norms.
 MEANING_TOLERANCE = 2e-5
+
+STRATEGIES = ("prune", "mean", "mlerp")
 
 
 @dataclass
 class Proofs:
     """What was found of one model. Errors are relative to the largest magnitude of each output.
 
-    ``changed`` is by how much the reduction of all sites changes the outputs: 0 would mean that nothing was proved.
-    ``meaning`` has one error for each step, in the order of the sites. ``sites`` are all attentions; ``messages`` what
-    the compiler says of each graph, ``unknown_ops`` the ops that it has no rule for, ``seconds`` the time of its passes
+    ``meaning`` has for "strategy" and, where placements beside the options' own were proved, for "strategy, placement"
+    the difference from the interpreter; ``undecided`` those that could not be compared, and why: a decision too close
+    to rounding, or something that the interpreter cannot follow. ``changed`` is by how much the reduction of all sites
+    changes the outputs: 0 would mean that nothing was proved. ``sites`` are all attentions; ``messages`` what the
+    compiler says of each graph, ``unknown_ops`` the ops that it has no rule for, ``seconds`` the time of its passes
     (each at its first run on a graph) and ``tracing`` Dynamo's own. ``compilations`` are the graphs with all sites
     reduced.
     """
 
     identity: bool
     permutation: float
-    meaning: list[float]
+    meaning: dict[str, float]
     changed: float
     sites: list[Site]
     messages: list[str]
+    undecided: dict[str, str] = field(default_factory=dict)
     unknown_ops: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     tracing: float = 0.0
@@ -73,9 +79,9 @@ class Proofs:
             found.append("identity: with no token removed the bits differ")
         if not self.permutation <= PERMUTATION_TOLERANCE:
             found.append(f"permutation: shuffled tokens change the outputs by {self.permutation:.2g}")
-        for step, error in enumerate(self.meaning):
+        for name, error in self.meaning.items():
             if not error <= MEANING_TOLERANCE:
-                found.append(f"meaning: the reduction at site {step + 1} differs by {error:.2g} from merged copies")
+                found.append(f"meaning: {name} differs by {error:.2g} from what the interpreter computes")
         if self.matched and not self.changed > 0:
             found.append("nothing: the reductions change no output, so nothing was proved")
         return found
@@ -91,7 +97,6 @@ def prove(
     *args: Any,
     r: int = 2,
     options: Mapping[str, Any] | None = None,
-    steps: int = 4,
     **kwargs: Any,
 ) -> Proofs:
     """Prove that ``backend="tofu"`` rewrites a model right, on one call of it.
@@ -102,30 +107,33 @@ def prove(
     Args:
         model: a module or function that returns tensors in any structure.
         args: what it is called with, and ``kwargs``.
-        r: tokens to merge at each site.
-        options: further options of the backend ("match", "proportional_attention", ...).
-        steps: sites at which the meaning is proved, at most; the first ones and the last.
+        r: tokens to take away at each site.
+        options: further options of the backend ("match", "proportional_attention", ...). With a "placement" only that
+            one is proved.
 
     Raises:
         PassError: a pass fails on this model.
     """
-    variants = {"reduced": _variant(r, options, None, "mlerp", steps), **meaning_variants(r, steps, options)}
+    variants: dict[str, Variant] = {strategy: reducing(r, options, strategy) for strategy in STRATEGIES}
     with torch.no_grad():
-        found = study(model, *args, variants=variants, base=_base(options), **kwargs)
-    plain, reduced = found.outputs["plain"], found.outputs["reduced"]
-    complaints = _complaints(reduced, plain)
+        found = study(
+            model, *args, variants=variants, base=_base(options), interpret=STRATEGIES, everywhere=True, **kwargs
+        )
+    plain, reduced = found.outputs["plain"], found.outputs["mlerp"]
+    complaints = _complaints(found, plain)
     return Proofs(
-        identity=same_bits(found.outputs["polymorphic"], plain),
-        permutation=relative_error(found.outputs["permute"], plain),
-        meaning=meaning_errors(found),
+        identity=all(same_bits(found.outputs[placed(POLYMORPHIC, p)], plain) for p in found.placements),
+        permutation=max(relative_error(found.outputs[placed(SHUFFLED, p)], plain) for p in found.placements),
+        meaning={} if complaints else meaning_errors(found),
+        undecided=dict(found.undecided),
         changed=0.0 if complaints else relative_error(reduced, plain),
-        sites=found.sites("reduced"),
-        messages=[outcome.message for outcome in found.outcomes.get("reduced", ())],
+        sites=found.sites("mlerp"),
+        messages=[outcome.message for outcome in found.outcomes.get("mlerp", ())],
         unknown_ops={op: n for c in found.polymorphic for op, n in c.traced.unknown_ops.items()},
         seconds=_seconds(found),
         tracing=found.tracing,
         complaints=complaints,
-        compilations=found.compilations("reduced"),
+        compilations=found.compilations("mlerp"),
     )
 
 
@@ -135,7 +143,7 @@ def _seconds(found: Study) -> float:
     Up to insert_reductions they ran for the proof of identity, and what the second run does has been done once: a
     compilation would find neither the fake values nor anything else warm.
     """
-    rewritten = [c.seconds for c in found.compilations("reduced")]
+    rewritten = [c.seconds for c in found.compilations("mlerp")]
     first = [c.seconds for c in found.polymorphic] if len(found.polymorphic) == len(rewritten) else rewritten
     behind = ("insert_reductions", "verify")
     return sum(
@@ -145,21 +153,9 @@ def _seconds(found: Study) -> float:
     )
 
 
-def meaning_variants(r: int = 2, steps: int = 4, options: Mapping[str, Any] | None = None) -> dict[str, Variant]:
-    """The variants of a study that `meaning_errors` compares: two for each of ``steps`` sites at most."""
-    kinds = (("merged", "mlerp"), ("copied", "duplicate"))
-    return {
-        f"{name} {step}": _variant(r, options, step, strategy, steps)
-        for step in range(steps)
-        for name, strategy in kinds
-    }
-
-
-def meaning_errors(found: Study) -> list[float]:
-    """The relative error of each step of the proof of meaning."""
-    steps = sum(name.startswith("merged ") for name in found.outputs)
-    count = max((len(_steps(len(plan_rows(c)), steps)) for c in found.polymorphic), default=0)
-    return [relative_error(found.outputs[f"merged {i}"], found.outputs[f"copied {i}"]) for i in range(count)]
+def meaning_errors(found: Study) -> dict[str, float]:
+    """How far each interpreted variant of a study is from the interpreter."""
+    return {name: relative_error(found.outputs[name], expected) for name, expected in found.interpreted.items()}
 
 
 _PLACING = ("placement", "branches", "cell", "grid", "max_downsample")  # what a plan's rows say, or follows from them
@@ -169,46 +165,36 @@ def _base(options: Mapping[str, Any] | None) -> dict[str, Any]:
     return {key: value for key, value in (options or {}).items() if key in _PLACING}
 
 
-def _variant(r: int, options: Mapping[str, Any] | None, step: int | None, strategy: str, steps: int) -> Variant:
-    """Sites up to the step's are merged, the step's own by the strategy, the others left alone; without a step, all."""
-    kept = {
-        key: value
-        for key, value in (options or {}).items()
-        if key not in ("match", "strategy", "placement", "branches", "cell")
-    }
+def reducing(r: int, options: Mapping[str, Any] | None, strategy: str) -> Variant:
+    """The options under which every site of a graph takes away ``r`` tokens, or as many as it can, by one strategy."""
+    planned = ("match", "strategy", "placement", "branches", "cell")
+    kept = {key: value for key, value in (options or {}).items() if key not in planned}
     match = Options.parse(options).match
-    merged: dict[str, Any] = {"r": r, "strategy": "mlerp", **({} if match == "auto" else {"match": match})}
+    decided: dict[str, Any] = {"strategy": strategy, **({} if match == "auto" else {"match": match})}
 
-    def variant(compilation: Compilation) -> dict[str, Any] | None:
-        rows = plan_rows(compilation, **merged)
+    def variant(compilation: Compilation) -> dict[str, Any]:
+        rows = plan_rows(compilation, **decided)
         if not rows:  # a plan without rows names no placement, and by another one sites may be found
-            return {**(options or {}), "r": r} if step is None else None
-        if step is not None:
-            chosen = _steps(len(rows), steps)
-            if step >= len(chosen):
-                return None
-            last = chosen[step]
-            rows = [row.model_copy(update={"r": r if i <= last else 0}) for i, row in enumerate(rows)]
-            rows[last] = rows[last].model_copy(update={"strategy": strategy})
+            return {**(options or {}), "r": r}
         matched = [site for site in compilation.sites if site.matched]
-        wanted = {site.id: row.r for row, site in zip(rows, matched, strict=True)}
-        counted = walk(matched, lambda site, count: min(wanted[site.id], site.cap(count)))
+        counted = walk(matched, lambda site, count: min(r, site.cap(count)))
         rows = [row.model_copy(update={"r": passage.removed}) for row, (_, passage) in zip(rows, counted, strict=True)]
         return {**kept, "plan": Plan(sites=rows)}
 
     return variant
 
 
-def _steps(sites: int, most: int) -> list[int]:
-    """The sites at which the meaning is proved: the first ones and the last; of one, the first.
-
-    Behind the last site often only protected tokens are read, which proves little.
-    """
-    return list(range(sites)) if sites <= most else [*range(max(most - 1, 1)), sites - 1][:most]
-
-
-def _complaints(reduced: Any, plain: Any) -> list[str]:
+def _complaints(found: Study, plain: Any) -> list[str]:
     """What is wrong with the reduced outputs by their form alone."""
+    return [
+        f"{said} ({name})"
+        for placement in found.placements
+        for name in (placed(strategy, placement) for strategy in STRATEGIES)
+        for said in _form(found.outputs[name], plain)
+    ]
+
+
+def _form(reduced: Any, plain: Any) -> list[str]:
     found, wanted = tensors(reduced), tensors(plain)
     if len(found) != len(wanted):
         return [f"form: {len(found)} tensors come out, not {len(wanted)}"]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tofu_fx.demo.extra import MissingExtraError
 from tofu_fx.testing.compare import randomise
+from tofu_fx.testing.duplicates import repeated, without_positions
 from tofu_fx.testing.raw_graphs import ALIKE, BY_PLACE, IN_PLACE, GraphBuilder, RawGraph
 from tofu_fx.testing.spec import ODD, WAYS, Spec
 from tofu_fx.testing.transformers import Transformer
@@ -64,6 +65,19 @@ def transformers(draw: st.DrawFn, **fixed: Any) -> DrawnTransformer:
     spec = draw(specs(**fixed))
     batch = 2 if spec.mixing == "groups" else draw(st.integers(1, 3))
     return made(spec, batch, draw(st.integers(0, 3)))
+
+
+@st.composite
+def duplicated(draw: st.DrawFn, **fixed: Any) -> DrawnTransformer:
+    """A small transformer without positions, whose input is full of exact copies: other ones in each sample.
+
+    Merging up to two tokens at a site changes its outputs by no more than rounding.
+    """
+    fixed = {"mask": "none", "rotary": False, "grid": (4, 4), **fixed}
+    drawn = draw(transformers(**fixed))
+    x, *rest = drawn.inputs
+    model = without_positions(drawn.model)
+    return replace(drawn, model=model, inputs=(repeated(x, 2, drawn.seed), *rest))
 
 
 @st.composite

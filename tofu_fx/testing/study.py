@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,12 +17,18 @@ from tofu_fx.options import Options
 from tofu_fx.pipeline import run_pipeline
 from tofu_fx.planning.plan import Plan, PlanRow
 from tofu_fx.planning.site import Site
+from tofu_fx.testing.facts import facts_of
+from tofu_fx.testing.formulas import Undecided
+from tofu_fx.testing.interpreter import Interpreter, Labels
+from tofu_fx.testing.labels import Unfit
 
 #: options under which nothing is compiled, nothing fails in silence, and tiny models are reduced too
 EAGER: dict[str, Any] = {"inner_backend": "eager", "on_error": "raise", "profitable_only": False}
 
 #: a variant's options: the same for every graph, or made for each from what the compiler found in it (None: untouched)
 Variant = Mapping[str, Any] | Callable[[Compilation], Mapping[str, Any] | None]
+#: the proofs that need no variant: token counts made symbolic and nothing reduced; all tokens shuffled at every site
+POLYMORPHIC, SHUFFLED = "polymorphic", "permute"
 
 
 def plan_rows(compilation: Compilation, **update: Any) -> list[PlanRow]:
@@ -30,22 +36,27 @@ def plan_rows(compilation: Compilation, **update: Any) -> list[PlanRow]:
     return [PlanRow.of(site).model_copy(update=update) for site in compilation.sites if site.matched]
 
 
-def permutation_plan(compilation: Compilation) -> Plan:
-    """A plan that permutes the tokens at every site instead of reducing them."""
-    return Plan(sites=plan_rows(compilation, strategy="permute", r=0))
+def placed(name: str, placement: str) -> str:
+    """What a variant is called in a study where it is made for a placement other than the base's."""
+    return f"{name}, {placement}" if placement else name
 
 
 @dataclass
 class Study:
     """One model, traced once: for each variant the outcome of each graph, and the outputs of the same call.
 
-    "plain" is the traced graph as Dynamo gave it; with proofs there are "polymorphic" and "permute" too. ``graphs`` is
-    how many there were, ``tracing`` the seconds that Dynamo took to make them.
+    "plain" is the traced graph as Dynamo gave it; with proofs there are "polymorphic" and "permute" too.
+    ``interpreted`` has what the interpreter computed for a variant, ``undecided`` why it could not. Variants of a
+    further placement are called `placed(name, placement)`; ``placements`` are those that any graph has, "" the base's
+    own. ``graphs`` is how many graphs there were, ``tracing`` the seconds that Dynamo took to make them.
     """
 
     outputs: dict[str, Any] = field(default_factory=dict)
+    interpreted: dict[str, Any] = field(default_factory=dict)
+    undecided: dict[str, str] = field(default_factory=dict)
     outcomes: dict[str, list[Outcome]] = field(default_factory=dict)
     polymorphic: list[Compilation] = field(default_factory=list)
+    placements: list[str] = field(default_factory=lambda: [""])
     graphs: int = 0
     tracing: float = 0.0
 
@@ -73,6 +84,8 @@ def study(
     variants: Mapping[str, Variant],
     proofs: bool = True,
     base: Mapping[str, Any] | None = None,
+    interpret: Collection[str] = (),
+    everywhere: bool = False,
     **kwargs: Any,
 ) -> Study:
     """Trace a model once, rewrite it for every variant's options, and run every variant on the same inputs.
@@ -83,47 +96,116 @@ def study(
         variants: name -> options of the backend (or a function that makes them from a graph's compilation).
         proofs: add "polymorphic" (token counts made symbolic, nothing reduced) and "permute" (all tokens shuffled).
         base: options under which the compiler looks for what variants are made of (a placement).
+        interpret: variants of which the interpreter computes the outputs, too.
+        everywhere: make the proofs, and the variants that are functions, for each further placement.
     """
     found = Study()
-    running = {"name": "plain"}
-    began = time.perf_counter()
+    runs = _Runs(found, dict(variants), proofs, dict(base or {}), interpret, everywhere)
+    torch._dynamo.reset()
+    model(*args, **kwargs)  # what a model caches in its first call would be a reason to trace it again in the second
+    call = torch.compile(model, backend=runs.backend)
+    runs.began = time.perf_counter()
+    found.outputs["plain"] = call(*args, **kwargs)
+    for name in runs.names():
+        runs.running = name
+        found.outputs[name] = call(*args, **kwargs)
+    for name in [placed(name, placement) for placement in found.placements for name in interpret]:
+        runs.running = f"{name}, interpreted"
+        try:
+            found.interpreted[name] = call(*args, **kwargs)
+        except (Undecided, Unfit) as reason:
+            found.undecided[name] = str(reason)
+    return found
 
-    def backend(gm: GraphModule, inputs: Any) -> Callable[..., Any]:
-        nonlocal began
-        found.tracing += time.perf_counter() - began
+
+@dataclass
+class _Runs:
+    """The backend of a study: every graph in all its variants, of which one is running."""
+
+    found: Study
+    variants: dict[str, Variant]
+    proofs: bool
+    base: dict[str, Any]
+    interpret: Collection[str]
+    everywhere: bool
+    running: str = "plain"
+    began: float = 0.0
+
+    def names(self) -> list[str]:
+        """The variants of all graphs."""
+        proofs = [POLYMORPHIC, SHUFFLED] if self.proofs else []
+        names = [*self.variants, *proofs]
+        for placement in self.found.placements[1:]:
+            names += [placed(name, placement) for name in [*self._functions(), *proofs]]
+        return names
+
+    def backend(self, gm: GraphModule, inputs: Any) -> Callable[..., Any]:
+        """Rewrite a graph in every way."""
+        found = self.found
+        found.tracing += time.perf_counter() - self.began
         found.graphs += 1
-        graphs = {"plain": gm}
-        wanted: dict[str, Variant] = dict(variants)
-        some = proofs or any(map(callable, variants.values()))
-        compilation = _polymorphic(gm, inputs, base or {}) if some else None
-        if proofs:
-            wanted["permute"] = _permuted
-            graphs["polymorphic"] = gm if compilation is None else compilation.gm
-            found.polymorphic.extend([] if compilation is None else [compilation])
-        for name, variant in wanted.items():
+        graphs: dict[str, Callable[..., Any]] = {"plain": gm}
+        compilation = _polymorphic(gm, inputs, self.base) if self.proofs or self._functions() else None
+        found.polymorphic.extend([] if compilation is None or not self.proofs else [compilation])
+        self._rewrite(graphs, gm, inputs, self.variants, compilation, "")
+        for placement in _further(compilation, self.base) if self.everywhere and compilation else ():
+            compilation = _polymorphic(gm, inputs, {**self.base, "placement": placement})
+            if compilation is None or not any(site.matched for site in compilation.sites):
+                continue
+            if placement not in found.placements:
+                found.placements.append(placement)
+            self._rewrite(graphs, gm, inputs, self._functions(), compilation, placement)
+        self.began = time.perf_counter()
+        return lambda *inputs: graphs.get(self.running, gm)(*inputs)
+
+    def _functions(self) -> dict[str, Variant]:
+        return {name: variant for name, variant in self.variants.items() if callable(variant)}
+
+    def _rewrite(
+        self,
+        graphs: dict[str, Callable[..., Any]],
+        gm: GraphModule,
+        inputs: Any,
+        variants: Mapping[str, Variant],
+        compilation: Compilation | None,
+        placement: str,
+    ) -> None:
+        labels: dict[Any, Labels] = {}
+        for name, variant in variants.items():
             chosen = variant(compilation) if callable(variant) and compilation is not None else variant
             if callable(chosen):  # a graph that cannot be rewritten says so under any options
                 chosen = {"r": 1}
             if chosen is None:
-                graphs[name] = gm
-            else:
-                graphs[name] = _note(found, name, gm, inputs, Options.parse({**EAGER, **chosen}))
-        began = time.perf_counter()
-        return lambda *inputs: graphs[running["name"]](*inputs)
+                continue
+            outcome = rewrite(gm, Options.parse({**EAGER, **chosen}), inputs)
+            self._note(graphs, placed(name, placement), outcome)
+            if name in self.interpret and placed(name, placement) in graphs:
+                assert outcome.compilation is not None
+                assert outcome.compilation.before is not None
+                facts = facts_of(outcome.compilation)
+                known = labels.setdefault(facts.frame, Labels())
+                interpreter = Interpreter(outcome.compilation.before, facts, known)
+                graphs[f"{placed(name, placement)}, interpreted"] = interpreter
+        if self.proofs and compilation is not None:
+            graphs[placed(POLYMORPHIC, placement)] = compilation.gm
+            rows = plan_rows(compilation, strategy="prune", r=0)
+            if rows:  # a plan without any names no placement
+                shuffled = Options.parse({**EAGER, "plan": Plan(sites=rows)})
+                self._note(graphs, placed(SHUFFLED, placement), rewrite(gm, shuffled, inputs, shuffle=True))
 
-    torch._dynamo.reset()
-    model(*args, **kwargs)  # what a model caches in its first call would be a reason to trace it again in the second
-    call = torch.compile(model, backend=backend)
-    began = time.perf_counter()
-    for name in ["plain", *variants, *(["polymorphic", "permute"] if proofs else [])]:
-        running["name"] = name
-        found.outputs[name] = call(*args, **kwargs)
-    return found
+    def _note(self, graphs: dict[str, Callable[..., Any]], name: str, outcome: Outcome) -> None:
+        self.found.outcomes.setdefault(name, []).append(outcome)
+        if outcome.compilation is not None and outcome.compilation.reducing:
+            graphs[name] = outcome.compilation.gm
 
 
-def _permuted(compilation: Compilation) -> dict[str, Any] | None:
-    plan = permutation_plan(compilation)
-    return {"plan": plan} if plan.sites else None  # a plan without rows names no placement
+def _further(compilation: Compilation, base: Mapping[str, Any]) -> list[str]:
+    """The placements that a user may ask for and that are not what the automatic one chose."""
+    if base.get("placement", "auto") != "auto":
+        return []
+    chosen = {site.placement if site.matched else "" for site in compilation.sites}
+    # Where it chose no branch it is the stream; sites that have no place on the stream may have one in their branch.
+    return [*(["stream"] if "branch" in chosen else []), *(["branch"] if chosen and chosen != {"branch"} else [])]
 
 
 def _polymorphic(gm: GraphModule, inputs: Any, base: Mapping[str, Any]) -> Compilation | None:
@@ -132,10 +214,3 @@ def _polymorphic(gm: GraphModule, inputs: Any, base: Mapping[str, Any]) -> Compi
         return run_pipeline(gm, Options.parse({**EAGER, **base, "r": 1}), inputs, skip=("insert_reductions",))
     except Unsupported:
         return None
-
-
-def _note(found: Study, name: str, gm: GraphModule, inputs: Any, options: Options) -> GraphModule:
-    outcome = rewrite(gm, options, inputs)
-    found.outcomes.setdefault(name, []).append(outcome)
-    reduced = outcome.compilation is not None and bool(outcome.compilation.reducing)
-    return outcome.compilation.gm if reduced else gm  # type: ignore[union-attr]
