@@ -8,8 +8,8 @@ from tests import replay
 from tests.zoo import CATALOGUE
 from tofu_fx.testing import prove
 
-#: words that come twice at no position of their own are exact copies, of which rounding chooses
-UNDECIDED = ("transformers: t5_encoder", "transformers: modernbert")
+#: exact copies (words that come twice at no position of their own), or scores as close as rounding, for some strategy
+UNDECIDED = ("transformers: t5_encoder", "transformers: modernbert", "other: torchvision_maxvit")
 
 
 @pytest.mark.parametrize("name", CATALOGUE)

@@ -237,11 +237,11 @@ def _along(labels: Tensor, dim: int, value: Tensor) -> Tensor:
 def _dims(trial: Trial, place: int, results: list[list[Axis]], axis: Axis, what: str) -> dict[int, Tensor]:
     """The dims of an operand of which each index touches one token (or sample) of the axis only, and which."""
     value, labels = trial.operands[place], getattr(axis, what)
-    count = len(labels[labels >= 0].unique())
+    varying = {labels.shape[dim] for dim in range(labels.dim()) if bool((labels != labels.narrow(dim, 0, 1)).any())}
     (part,) = (i for i, axes in enumerate(results) if axis in axes)
     found = {}
     for dim, size in enumerate(value.shape):
-        if size == 1 or size % count or count == 1:
+        if size not in varying:
             continue
         index = trial.follow(place, _along(torch.arange(size), dim, value))[part]
         seen = index >= 0
