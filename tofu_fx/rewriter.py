@@ -255,7 +255,7 @@ class Rewriter:
         """Whether a node is still the residual stream: an addition to it, or the same values."""
         inputs = self._reduced_inputs(node)
         chained = [value for value in inputs if value in self.chain and self.native[value] == version]
-        if not chained or self._form(chained[0]) != self._form(node):
+        if not chained or not isinstance(node.meta["val"], torch.Tensor) or self._form(chained[0]) != self._form(node):
             return False
         if is_op(node, "add"):
             return argument(node, "alpha", 1) == 1
