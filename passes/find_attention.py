@@ -56,9 +56,12 @@ def find_attention(compilation: Compilation) -> None:
 def _find_linear(compilation: Compilation, tracer: AxisTracer) -> list[Attention]:
     """Products that sum keys and values over all tokens: linear attention, which never compares two tokens."""
     known = {node for a in compilation.attentions for node in (a.node, a.scores)}
+    compared: set[Node] = set()  # the weights that come of comparing two tokens, up to the next product
     found = []
     for node in compilation.gm.graph.nodes:
-        if node in known or not is_op(node, "matmul", "bmm"):
+        if not is_op(node, "matmul", "bmm"):
+            if not is_op(node, "linear") and any(value in compared for value in node.all_input_nodes):
+                compared.add(node)
             continue
         left, right = node.args[:2]
         a, b = tracer.of(left), tracer.of(right)
@@ -66,8 +69,12 @@ def _find_linear(compilation: Compilation, tracer: AxisTracer) -> list[Attention
             continue
         summed, other = tracer.space.flat(a[-1]), tracer.space.flat(b[-2])
         left_over = [tracer.space.flat(dim) for dim in (a[-2], b[-1])]
-        features = all(atom is not None and atom.base.kind == "feature" for atom in left_over)
-        if features and summed is not None and summed == other and summed.base.kind == "plain" and summed.size > 1:
+        features = [atom is not None and atom.base.kind == "feature" for atom in left_over]
+        if not any(features):
+            compared.add(node)
+        elif node in known or left in compared or right in compared:
+            continue
+        elif summed is not None and summed == other and summed.base.kind == "plain" and summed.size > 1:
             found.append(Attention(node, right, -2, -1, left, -1, -2))
     return found
 
