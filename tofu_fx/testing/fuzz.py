@@ -74,7 +74,7 @@ def check(case: Case) -> Verdict:
 def _proved(case: Case, model: Callable[..., Any], inputs: Sequence[Tensor]) -> Proofs:
     options = case.options()
     del options["strategy"], options["proportional_attention"]
-    return prove(model, *inputs, r=options.pop("r"), steps=2, options=options)
+    return prove(model, *inputs, r=options.pop("r"), options=options)
 
 
 def _compiled(case: Case, model: Callable[..., Any], inputs: Sequence[Tensor], plain: Any, proofs: Proofs) -> str:
