@@ -15,6 +15,7 @@ import torch
 from torch.fx import Node
 
 from tofu_fx.graphs import argument, tensor_inputs
+from tofu_fx.rules_images import IMAGE_RULES
 from tofu_fx.rules_linear import LINEAR_RULES
 from tofu_fx.tokens import Axes, Barrier, Dim, Kind, dim_size, hint, token_atoms
 from tofu_fx.tracer import AxisTracer
@@ -375,6 +376,7 @@ RULES: dict[str, Rule] = {
     "pad": constant_pad,
     "_assert_tensor_metadata": no_output,
     **LINEAR_RULES,
+    **IMAGE_RULES,
 }
 
 

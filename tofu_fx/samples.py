@@ -89,7 +89,9 @@ class Samples:
         Raises:
             SamplesMixed: samples would meet others.
         """
-        if len({dim for dim in dims if self.has(dim)}) > 1:
+        # Other axes in the same dim may differ (the heads of keys and of values), not where the samples stand in it.
+        held = {tuple((a, dim_size(dim[i + 1 :])) for i, a in enumerate(dim) if self.has((a,))) for dim in dims}
+        if len(held - {()}) > 1:
             raise SamplesMixed("samples of a batch meet others of it, of which each has tokens of its own left")
 
     def check_inputs(self, inputs: Iterable[tuple[Node, list[Axes]]]) -> None:

@@ -167,3 +167,21 @@ ATTENTION = [
     Row("convolution", "sample", BARRIER, lambda x: aten.convolution(x, constant(B, B, 1), None, [1], [0], [1], False,
         [0], 1), "n b c"),
 ]  # fmt: skip
+IMAGES = [
+    Row("group_norm", "token", BARRIER, lambda x: F.group_norm(x, 2), "b c n"),
+    Row("group_norm", "sample", BARRIER, lambda x: F.group_norm(x, 1), "n b c"),
+    Row("group_norm", "feature", CARRIED, lambda x: F.group_norm(x, 2), "(b n) c"),
+    Row("upsample_nearest2d", "token", BARRIER, lambda x: F.interpolate(x.unflatten(-1, (4, 4)), scale_factor=2.0),
+        "b c n", "b c k l"),
+    Row("upsample_bilinear2d", "none", CARRIED,
+        lambda x: F.interpolate(x.view(-1, 1, H, D), scale_factor=2.0, mode="bilinear"), "(b n) c", "(b n) k l m"),
+    Row("upsample_bicubic2d", "none", CARRIED,
+        lambda x: F.interpolate(x.view(-1, 1, H, D), scale_factor=2.0, mode="bicubic"), "(b n) c", "(b n) k l m"),
+    Row("avg_pool2d", "none", CARRIED, lambda x: F.avg_pool2d(x.view(-1, 1, H, D), 2), "(b n) c", "(b n) k l m"),
+    Row("avg_pool2d", "sample", BARRIER, lambda x: F.avg_pool2d(x[None], 3, 1, 1)[0], "n b c"),
+    Row("adaptive_avg_pool2d", "token", BARRIER, lambda x: F.adaptive_avg_pool2d(x.unflatten(-1, (4, 4)), 2), "b c n",
+        "b c k l"),
+    Row("pixel_shuffle", "token", BARRIER, lambda x: F.pixel_shuffle(x.unflatten(-1, (4, 4)), 2), "b c n", "b k l m"),
+    Row("pixel_unshuffle", "none", CARRIED, lambda x: F.pixel_unshuffle(x.view(-1, 1, H, D), 2), "(b n) c",
+        "(b n) k l m"),
+]  # fmt: skip

@@ -10,6 +10,7 @@ KNOWN: list[Row] = [
     *rows.REDUCTIONS, *rows.SOFTMAX, *rows.NORMS, *rows.CUTS, *rows.JOINS, *rows.VIEWS, *rows.TURNS,
     *rows_elementwise.ELEMENTWISE, *rows_elementwise.COMPLEX, *rows_elementwise.MADE,
     *rows_linear.PADS, *rows_linear.PRODUCTS, *rows_linear.EINSUM, *rows_linear.ATTENTION,
+    *rows_linear.IMAGES,
 ]  # fmt: skip
 #: ops that no rule knows
 UNKNOWN: list[Row] = rows_unknown.UNKNOWN
