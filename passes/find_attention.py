@@ -118,7 +118,7 @@ def _reason(tracer: AxisTracer, attention: Attention, queries: Dim, keys: Dim) -
     uneven = next((node for node in attention.after[1:] if _adds_to_weights(node)), None)
     if uneven is not None:
         op = str(uneven.target).removesuffix(".default")
-        return f"{op} adds to the attention's weights behind the softmax, once for each token that there is"
+        return f"{op} adds to the attention's weights after the softmax, once for each token that there is"
     if any(atom.base.kind == "feature" for atom in keys) and any(atom.base.kind == "feature" for atom in queries):
         return "attention between channels, not tokens"
     if attention.query not in tracer.depends:
@@ -145,7 +145,7 @@ def _different(queries: int, keys: int) -> str:
 
 
 def _adds_to_weights(node: Node) -> bool:
-    """Whether an op behind the softmax is more than a multiple: of a merged token's weight it makes too little."""
+    """Whether an op after the softmax is more than a multiple: of a merged token's weight it makes too little."""
     if is_op(node, "linear"):
         return argument(node, "bias") is not None
     if is_op(node, "masked_fill"):

@@ -232,7 +232,7 @@ class Masks:
             assert attention.softmax is not None
             weights = _along(attention.after, _blank(attention.softmax).fill_(1.0), values)
             if weights.shape != logits.shape:
-                raise ValueError("the weights were rearranged behind the softmax")
+                raise ValueError("the weights were rearranged after the softmax")
             return sees & (weights.movedim(dims, (-2, -1)) != 0)
         except (Barrier, RuntimeError, IndexError, ValueError, TypeError, KeyError) as error:
             raise _Unknown from error

@@ -107,8 +107,9 @@ def _written(tracer: AxisTracer, softmax: Node) -> Attention | None:
     rank = softmax.meta["val"].dim()
     dim, way = int(argument(softmax, "dim")) % rank, _way(scores, softmax)
     sides = _sides(scores)
-    if sides is None:
-        return None
+    if sides is None:  # an einsum that is no product of queries and keys: it mixes heads
+        reason = f"{_name(scores)} ahead of the softmax is none of the known ways to write attention"
+        return Attention(value_product, scores, -2, -1, scores, -1, -2, unrecognised=Decline(reason, scores))
     marks = _marks(scores)
     dims = tracer.along(way, marks)
     if dims is None:

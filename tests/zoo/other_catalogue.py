@@ -188,7 +188,7 @@ class EinsumTalkingHeads(Attention):
 
 
 class FlooredWeights(Attention):
-    """No weight is less than a floor: something is added behind the softmax for each token that there is."""
+    """No weight is less than a floor: something is added after the softmax for each token that there is."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return ((q @ k.transpose(-2, -1) * WIDTH**-0.5).softmax(-1) + 0.01) @ v
@@ -483,7 +483,7 @@ OTHER_CASES: dict[str, Case] = {
     "talking_heads": _plain(TalkingHeads, 0, declined=("softmax",) * DEPTH),
     "talking_heads_linear": _plain(LinearTalkingHeads, 0, declined=("softmax",) * DEPTH),
     "talking_heads_linear_without_bias": _plain(partial(LinearTalkingHeads, bias=False)),
-    "talking_heads_einsum": _plain(EinsumTalkingHeads, 0, declined=("queries",) * DEPTH),
+    "talking_heads_einsum": _plain(EinsumTalkingHeads, 0, declined=("aten.einsum",) * DEPTH),
     "floored_weights": _plain(FlooredWeights, 0, declined=("softmax",) * DEPTH),
     "null_token": _plain(NullToken),
     "causal": _plain(Causal, 0, declined=("causal",) * DEPTH),

@@ -133,7 +133,7 @@ VITS: dict[str, Case] = {
     "clip": _vit("vit_base_patch16_clip_224"),
     "clip_quickgelu": _vit("vit_base_patch16_clip_quickgelu_224"),
     "clippo": _vit("vit_base_patch16_224", class_token=False, global_pool="map", declined=POOLED),
-    "cait": _vit("cait_xxs24_224", sites=0, declined=(*("behind the softmax",) * DEPTH, *OTHER_TOKENS * 2)),
+    "cait": _vit("cait_xxs24_224", sites=0, declined=(*("after the softmax",) * DEPTH, *OTHER_TOKENS * 2)),
     "crossvit": _timm(
         "crossvit_tiny_240",
         120,
@@ -151,7 +151,7 @@ VITS: dict[str, Case] = {
     "rope_ape": _vit("vit_small_patch16_rope_ape_224"),
     "flexivit": _vit("flexivit_small"),
     "naflexvit": _timm("naflexvit_base_patch16_gap", 96, sites=DEPTH, depth=DEPTH, embed_dim=48, num_heads=3),
-    "convit": _vit("convit_tiny", local_up_to_layer=2, sites=2, depth=4, declined=("behind the softmax",) * 2),
+    "convit": _vit("convit_tiny", local_up_to_layer=2, sites=2, depth=4, declined=("after the softmax",) * 2),
     "tnt": _timm(
         "tnt_s_legacy_patch16_224", 96, img_size=96, depth=DEPTH, embed_dim=48, num_heads_outer=3, sites=2 * DEPTH
     ),

@@ -24,7 +24,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from tofu_fx.testing.labels import Axis, Companion, Trial, carry, companions
+from tofu_fx.testing.labels import Axis, Companion, Trial, Unfit, carry, companions
 
 aten = torch.ops.aten
 
@@ -313,7 +313,14 @@ class Labelling(Running):
         return self.plain(node, {})
 
     def enter(self, node: Node, entry: Entry) -> None:
-        """Label the tokens of a stream where it starts."""
-        if not any(axis.stream == entry.stream for axis in self.axes(node)):
-            own = entry.where.axis(self.env[node].shape, entry.stream, entry.tokens)
-            self.labels.axes[node.name] = [[*self.axes(node), own]]
+        """Label the tokens of a stream where it starts, and those that came back to it from beside (a class token).
+
+        Raises:
+            Unfit: tokens do not stand where the compiler says.
+        """
+        own = entry.where.axis(self.env[node].shape, entry.stream, entry.tokens)
+        for axis in self.axes(node):
+            if axis.stream == entry.stream and bool(((axis.token >= 0) & (axis.token != own.token)).any()):
+                raise Unfit("the tokens of a site do not stand where the compiler says")
+        others = [axis for axis in self.axes(node) if axis.stream != entry.stream]
+        self.labels.axes[node.name] = [[*others, own]]
