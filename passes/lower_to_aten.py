@@ -62,6 +62,7 @@ def lower_to_aten(compilation: Compilation) -> None:
 
 
 def _refuse_what_cannot_be_inlined(traced: GraphModule) -> None:
+    # Higher-order ops first: Dynamo puts what they need around them (a vmap for flex_attention's mask).
     for node in traced.graph.nodes:
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             name = node.target.name()
@@ -69,6 +70,7 @@ def _refuse_what_cannot_be_inlined(traced: GraphModule) -> None:
             raise Unsupported(
                 f"the graph holds the higher-order op {name}{source_line(node)}, which cannot be inlined{instead}"
             )
+    for node in traced.graph.nodes:
         transform = re.fullmatch(r"_(\w+)_increment_nesting", getattr(node.target, "__name__", ""))
         if transform is not None:
             raise Unsupported(

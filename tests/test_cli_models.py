@@ -228,7 +228,7 @@ def test_plan_diff_exits_with_0_3_or_1(calibrated: Done, home: Path, tmp_path: P
         (["explain", "tofu_cli_factories:number"], "number() returns a torch.nn.Module, got int"),
         (["explain", "tofu_cli_factories:plain"], "give --image-size"),
         (["explain", VIT, "--pretrained"], "only timm: models have it"),
-        (["explain", VIT, "--weights", "no.safetensors"], "no.safetensors: no such file"),
+        (["explain", VIT, "--weights", "no.safetensors"], "no.safetensors: No such file"),
         (["explain", VIT, "--weights", "text.json"], "text.json: not a .safetensors file"),
         (["explain", VIT, "--weights", "other.safetensors"], "cls_token is [2], not [1, 1, 48]"),
         (["explain", VIT, "--device", "abacus"], "--device abacus"),

@@ -264,8 +264,8 @@ def test_escape_sequences_are_written_out_where_two_plans_differ() -> None:
 
 def test_escape_sequences_are_written_out_by_explain() -> None:
     row = SiteRow(0, f"[red]{ESCAPES}", "", 2, 36, 36, "", 0, f"{ESCAPES} [/]")
-    graph = GraphReport(f"{ESCAPES} [/nothing]", [row], [ESCAPES], "", "", 0, 0, {}, {}, [])
-    text = seen(Explanation([graph]).print)
+    graph = GraphReport(f"{ESCAPES} [/nothing]", [row], [ESCAPES], "", "", 0, 0, {}, {}, [], "reduced")
+    text = seen(Explanation([graph, graph]).print)
     harmless(text)
     assert "[red]" in text
     assert "[/nothing]" in text

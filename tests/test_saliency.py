@@ -166,7 +166,7 @@ def test_picture_and_table_are_made(tmp_path: Path) -> None:
     plain = saliency.Variant("plain", "plain", None, torch.zeros(2, 1, 4, 4))
     tofu = saliency.Variant("mlerp", "mlerp", {}, torch.tensor([0.1, 0.3]).view(2, 1, 1, 1).expand(2, 1, 4, 4))
     sites = [tofu_fx.report.explain.SiteRow(0, "a", "a", 6, 257, 113, "mlerp", 144, "")]
-    graph = tofu_fx.report.explain.GraphReport("", sites, [], "", "", 100, 70, {}, {}, [])
+    graph = tofu_fx.report.explain.GraphReport("", sites, [], "", "", 100, 70, {}, {}, [], "reduced")
     table = saliency.make_table([plain, tofu], tofu_fx.Explanation([graph]), "title")
     assert [list(column.cells)[1] for column in table.columns] == ["mlerp", "0.2000", "0.3000", "113", "70%"]
 

@@ -26,8 +26,13 @@ def gradients(call: Any, model: nn.Module, x: torch.Tensor) -> dict[str, torch.T
     return {"input": x.grad, **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
 
 
-def differentiable_merge(members: torch.Tensor, weights: torch.Tensor, strategy: str) -> torch.Tensor:
-    """The formulas of `tests.reference.reference_merge` for autograd, which takes its norms as numbers."""
+def differentiable_merge(
+    members: torch.Tensor, weights: torch.Tensor, strategy: str, unit: float = 0.0
+) -> torch.Tensor:
+    """The formulas of `tests.reference.reference_merge` for autograd, which takes its norms as numbers.
+
+    No group cancels here, so that `unit`, by which that is told, is not needed.
+    """
     weights = weights.double()[:, None]
     mean = (weights * members).sum(0) / weights.sum()
     return mean if strategy == "mean" else mean / mean.norm() * members.norm(dim=1).max()

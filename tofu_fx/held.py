@@ -33,7 +33,7 @@ def lift_tensors(traced: GraphModule) -> tuple[GraphModule, dict[str, torch.Tens
     for node in nodes:
         target = str(node.target)
         if target not in inputs:
-            inputs[target] = graph.placeholder(node.name)
+            inputs[target] = graph.placeholder(target.replace(".", "_"))
             inputs[target].meta = dict(node.meta)
             held[inputs[target].name] = attrgetter(target)(traced)
         copies[node] = inputs[target]
