@@ -12,7 +12,7 @@ from collections import Counter
 from torch.fx import Node
 
 from tofu_fx.compilation import Compilation
-from tofu_fx.graphs import argument, is_op, module_path
+from tofu_fx.fx.nodes import argument, is_op, module_path
 from tofu_fx.guards import Guard
 from tofu_fx.masks import Masks
 from tofu_fx.patterns import OPAQUE, find_attentions, find_comparisons

@@ -24,7 +24,7 @@ from tofu_fx.branches import place_branches
 from tofu_fx.choice import prefers_branch
 from tofu_fx.compilation import Compilation
 from tofu_fx.entries import detach_entries
-from tofu_fx.graphs import is_op, value_graph
+from tofu_fx.fx.nodes import is_op, value_graph
 from tofu_fx.images import check_grids, note_idle_options
 from tofu_fx.options import BranchKind, Options
 from tofu_fx.placement import place_site, sample_places, token_places

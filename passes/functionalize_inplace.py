@@ -19,7 +19,7 @@ import torch
 from torch.fx import Node
 
 from tofu_fx.compilation import Compilation
-from tofu_fx.graphs import argument, copy_graph, graph_module, is_alias, is_op
+from tofu_fx.fx.nodes import argument, copy_graph, graph_module, is_alias, is_op
 
 #: their twins return flags, where in place they keep the dtype
 _FLAGS = {

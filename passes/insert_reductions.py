@@ -14,10 +14,10 @@ from dataclasses import replace
 import networkx as nx
 from torch.fx import Graph, Node
 
-from tofu_fx.autocast import Autocasts, is_region
 from tofu_fx.compilation import Compilation
 from tofu_fx.errors import TofuError
-from tofu_fx.graphs import LITERAL, graph_module, tensor_inputs, value_graph
+from tofu_fx.fx.autocast import Autocasts, is_region
+from tofu_fx.fx.nodes import LITERAL, graph_module, tensor_inputs, value_graph
 from tofu_fx.inputs import InputFakes, faking
 from tofu_fx.layout import Emitter
 from tofu_fx.placement import next_branch

@@ -18,13 +18,13 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tofu_fx.autocast import Autocasts
 from tofu_fx.compilation import Compilation
 from tofu_fx.errors import Unsupported
-from tofu_fx.graphs import is_impure, source_line
-from tofu_fx.held import fake_of, lift_tensors, put_back
-from tofu_fx.recorder import record
-from tofu_fx.spellings import respell
+from tofu_fx.fx.autocast import Autocasts
+from tofu_fx.fx.held import fake_of, lift_tensors, put_back
+from tofu_fx.fx.nodes import is_impure, source_line
+from tofu_fx.fx.recorder import record
+from tofu_fx.fx.spellings import respell
 
 
 def lower_to_aten(compilation: Compilation) -> None:

@@ -20,7 +20,7 @@ from tofu_fx.passes.insert_reductions import give_up_streams
 from torch.fx import Graph, Node
 
 from tofu_fx.compilation import Compilation
-from tofu_fx.graphs import LITERAL, argument, is_op, set_argument, tensor_inputs
+from tofu_fx.fx.nodes import LITERAL, argument, is_op, set_argument, tensor_inputs
 from tofu_fx.tokens import Axes, Barrier, Dim, dim_size, hint, token_atoms
 from tofu_fx.tracer import AxisTracer, BarrierRecord
 

@@ -1,7 +1,7 @@
 """Prove that the rewritten graph gives the caller what was traced: shapes, dtypes, devices and layout of each output.
 
 Every node's fake value was computed while the graph was written; this pass computes them once more from the inputs
-alone, so that no node stands on a value that another node no longer has. Both times by ``tofu_fx.fakes.compute``: what
+alone, so that no node stands on a value that another node no longer has. Both times by ``tofu_fx.fx.fakes.compute``: what
 it saves is the mode's way to an op's meta kernel, never the check that shapes fit. And wherever there are tokens of a
 reduced stream there are all of its samples. Changes nothing in the graph.
 """
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch.fx import Interpreter, Node
 
-from tofu_fx.autocast import Autocasts, is_region
 from tofu_fx.compilation import Compilation
 from tofu_fx.errors import TofuError
-from tofu_fx.fakes import compute
+from tofu_fx.fx.autocast import Autocasts, is_region
+from tofu_fx.fx.fakes import compute
 from tofu_fx.inputs import fake_mode_of, faking
 from tofu_fx.strides import strides_of
 from tofu_fx.tokens import hint

@@ -20,7 +20,7 @@ from tests.zoo.masked import ATTEND, Attend, Masked, are_there, sample
 from tofu_fx import Options
 from tofu_fx.backend import Outcome, rewrite
 from tofu_fx.errors import PassError
-from tofu_fx.graphs import is_op, module_path
+from tofu_fx.fx.nodes import is_op, module_path
 from tofu_fx.rewriter import Rewriter
 
 N, R = 16, 4  # pairs of copies: half of them go at the first of two sites, the others at the second

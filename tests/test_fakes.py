@@ -15,8 +15,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from tests.harness import study
 from tests.zoo import CATALOGUE
-from tofu_fx import fakes
-from tofu_fx.fakes import compute
+from tofu_fx.fx import fakes
+from tofu_fx.fx.fakes import compute
 from tofu_fx.inputs import fake_mode_of, faking
 
 aten = torch.ops.aten

@@ -14,7 +14,7 @@ from tests.harness import EAGER, same_bits, study
 from tests.zoo import ZOO
 from tofu_fx import PassError, TofuError, pipeline
 from tofu_fx.compilation import Compilation
-from tofu_fx.graphs import is_op
+from tofu_fx.fx.nodes import is_op
 from tofu_fx.options import Options
 from tofu_fx.pipeline import PASSES, run_pipeline
 

@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from tests.test_fakes import form
 from tests.zoo import CATALOGUE
-from tofu_fx.recorder import record
+from tofu_fx.fx.recorder import record
 from tofu_fx.testing import capture
 
 MODELS = [

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 import tofu_fx
 from tests.harness import compiled, randomise
 from tofu_fx.compilation import Compilation
-from tofu_fx.graphs import is_op
+from tofu_fx.fx.nodes import is_op
 from tofu_fx.options import Options
 from tofu_fx.testing import capture_aten, honest_meta, idempotent, keeps_outputs, prove, well_formed
 

@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from tofu_fx.compilation import Compilation
 from tofu_fx.dynamo import CONTROL_FLOW, compilations_of_last, is_ddp_bucket
 from tofu_fx.errors import OptionError, PassError, PlanError, TofuError, Unsupported
-from tofu_fx.graphs import may_multiply
+from tofu_fx.fx.nodes import may_multiply
 from tofu_fx.guards import guarded
 from tofu_fx.inputs import carry_over, fake_mode_of
 from tofu_fx.options import Options

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch.fx import Node
 
-from tofu_fx.graphs import is_op, tensor_inputs
+from tofu_fx.fx.nodes import is_op, tensor_inputs
 from tofu_fx.patterns import PRODUCTS
 from tofu_fx.placement import descendants, image_of, protected, token_places
 from tofu_fx.planning.site import Branch, Decline, Site

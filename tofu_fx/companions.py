@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from tofu_fx.graphs import argument, is_op, tensor_inputs
+from tofu_fx.fx.nodes import argument, is_op, tensor_inputs
 from tofu_fx.layout import Emitter, Layout, align, aten
 from tofu_fx.rules import find_rule, pointwise
 from tofu_fx.streams import Stream

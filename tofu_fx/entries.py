@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch.fx import Node
 
-from tofu_fx.graphs import is_op
+from tofu_fx.fx.nodes import is_op
 from tofu_fx.planning.site import Site
 from tofu_fx.tracer import AxisTracer
 

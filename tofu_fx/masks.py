@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from tofu_fx.graphs import argument, is_alias, is_op, tensor_inputs
+from tofu_fx.fx.nodes import argument, is_alias, is_op, tensor_inputs
 from tofu_fx.guards import Guard
 from tofu_fx.planning.site import Attention
 from tofu_fx.tokens import Barrier, hint

@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from tofu_fx.companions import is_one, scores_dims
-from tofu_fx.graphs import is_op, tensor_inputs
+from tofu_fx.fx.nodes import is_op, tensor_inputs
 from tofu_fx.layout import Layout, aten, shape_of
 from tofu_fx.masks import FAR_BELOW
 from tofu_fx.planning.site import Site

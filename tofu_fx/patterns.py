@@ -16,7 +16,7 @@ from typing import NamedTuple
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from tofu_fx.graphs import argument, is_op, tensor_inputs
+from tofu_fx.fx.nodes import argument, is_op, tensor_inputs
 from tofu_fx.planning.site import Attention, Decline
 from tofu_fx.tokens import Atom, Axes, Base, Dim, hint
 from tofu_fx.tracer import AxisTracer

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from torch.fx import Node
 
-from tofu_fx.graphs import argument, is_op
+from tofu_fx.fx.nodes import argument, is_op
 from tofu_fx.planning.site import Attention, Decline, Site
 from tofu_fx.tokens import Atom, hint
 from tofu_fx.tracer import AxisTracer

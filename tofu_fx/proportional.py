@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from tofu_fx.companions import scores_dims
-from tofu_fx.graphs import argument, is_op
+from tofu_fx.fx.nodes import argument, is_op
 from tofu_fx.layout import Emitter, align, aten
 from tofu_fx.masks import sides
 from tofu_fx.tokens import Barrier, token_atoms

@@ -19,7 +19,7 @@ from torch.fx.node import map_arg
 
 from tofu_fx.companions import Companions
 from tofu_fx.compilation import Compilation
-from tofu_fx.graphs import LITERAL, argument, is_op, tensor_inputs
+from tofu_fx.fx.nodes import LITERAL, argument, is_op, tensor_inputs
 from tofu_fx.layout import Count, Emitter, Layout
 from tofu_fx.metric import Metric, batch_of
 from tofu_fx.options import Match

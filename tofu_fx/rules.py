@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from tofu_fx.graphs import argument, tensor_inputs
+from tofu_fx.fx.nodes import argument, tensor_inputs
 from tofu_fx.rules_images import IMAGE_RULES
 from tofu_fx.rules_linear import LINEAR_RULES
 from tofu_fx.tokens import Axes, Barrier, Dim, Kind, dim_size, hint, token_atoms

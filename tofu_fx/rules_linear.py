@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from tofu_fx.graphs import argument, walk_back
+from tofu_fx.fx.nodes import argument, walk_back
 from tofu_fx.tokens import Axes, Barrier, Dim, dim_size, hint
 from tofu_fx.tracer import AxisTracer
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from tofu_fx.graphs import is_alias, is_op, source_line, tensor_inputs
+from tofu_fx.fx.nodes import is_alias, is_op, source_line, tensor_inputs
 from tofu_fx.samples import Samples, SamplesMixed
 from tofu_fx.space import Space
 from tofu_fx.tokens import Atom, Axes, Barrier, Dim, dim_size, hint, token_atoms

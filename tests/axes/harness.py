@@ -35,9 +35,9 @@ from tests.axes.layouts import (
     survivors,
 )  # fmt: skip
 from tofu_fx.compilation import Compilation
+from tofu_fx.fx.spellings import respell
 from tofu_fx.options import Options
 from tofu_fx.pipeline import run_pipeline
-from tofu_fx.spellings import respell
 
 # The verdicts.
 CARRIED = "carried"  # the op does the same on fewer tokens

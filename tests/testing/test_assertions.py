@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from tofu_fx.demo.extra import MissingExtraError
-from tofu_fx.graphs import is_op
+from tofu_fx.fx.nodes import is_op
 from tofu_fx.testing import (
     applied,
     capture,

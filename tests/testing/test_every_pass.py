@@ -13,11 +13,11 @@ from torch.fx import GraphModule
 
 from tests.testing.examples import SHARES, TOTAL, share
 from tofu_fx.compilation import Compilation
-from tofu_fx.graphs import copy_graph
+from tofu_fx.fx.nodes import copy_graph
+from tofu_fx.fx.spec import check_spec
 from tofu_fx.options import Options
 from tofu_fx.pipeline import PASSES, run_pipeline
 from tofu_fx.planning.plan import Plan
-from tofu_fx.spec import check_spec
 from tofu_fx.testing import (
     EAGER,
     Spec,

@@ -13,7 +13,7 @@ from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
 from tofu_fx.errors import CalibrationError
-from tofu_fx.graphs import argument, is_op, walk_back
+from tofu_fx.fx.nodes import argument, is_op, walk_back
 
 
 @dataclass(frozen=True)

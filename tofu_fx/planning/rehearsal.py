@@ -22,8 +22,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from tofu_fx import ops  # noqa: F401 - registers torch.ops.tofu
-from tofu_fx.autocast import Autocasts, is_region
 from tofu_fx.compilation import Compilation
+from tofu_fx.fx.autocast import Autocasts, is_region
 from tofu_fx.options import Options
 from tofu_fx.pipeline import run_pipeline
 from tofu_fx.planning.counts import Passage, walk

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch.fx import Node
 
-from tofu_fx.graphs import source_line
+from tofu_fx.fx.nodes import source_line
 from tofu_fx.ops import max_reduction
 
 

@@ -11,7 +11,7 @@ import math
 from torch.fx import Node
 
 from tofu_fx.compilation import Compilation
-from tofu_fx.graphs import is_op
+from tofu_fx.fx.nodes import is_op
 from tofu_fx.planning.site import Branch, Site
 from tofu_fx.testing.interpreter import Entry, Facts, Span, Vectors, Where
 from tofu_fx.tokens import Atom, Axes

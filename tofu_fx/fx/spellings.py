@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from tofu_fx.graphs import argument, is_op
+from tofu_fx.fx.nodes import argument, is_op
 
 aten = torch.ops.aten
 

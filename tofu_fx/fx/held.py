@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
 from tofu_fx.errors import TofuError
-from tofu_fx.graphs import source_line
+from tofu_fx.fx.nodes import source_line
 
 
 def fake_of(node: Node) -> Any:

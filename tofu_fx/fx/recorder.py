@@ -23,9 +23,9 @@ from torch.fx.proxy import _COPY_META_FIELDS
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tofu_fx.autocast import Autocasts, is_region
-from tofu_fx.fakes import compute
-from tofu_fx.graphs import graph_module
+from tofu_fx.fx.autocast import Autocasts, is_region
+from tofu_fx.fx.fakes import compute
+from tofu_fx.fx.nodes import graph_module
 
 logger = logging.getLogger(__name__)
 _SET_GRAD = torch._C._set_grad_enabled
