@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 import tofu_fx  # noqa: E402
 from tests.zoo import CATALOGUE, Case  # noqa: E402
-from tofu_fx.rules import RULES  # noqa: E402
+from tofu_fx.axes.rules.table import RULES  # noqa: E402
 from tofu_fx.testing import Proofs, prove, relative_error, tensors  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "models.json"

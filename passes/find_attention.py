@@ -11,15 +11,15 @@ from collections import Counter
 
 from torch.fx import Node
 
+from tofu_fx.axes.atoms import Atom, Axes, Barrier, Dim, dim_size, hint
+from tofu_fx.axes.rules.table import find_rule
+from tofu_fx.axes.tracer import AxisTracer, trace
 from tofu_fx.compilation import Compilation
 from tofu_fx.fx.nodes import argument, is_op, module_path
 from tofu_fx.guards import Guard
 from tofu_fx.masks import Masks
 from tofu_fx.patterns import OPAQUE, find_attentions, find_comparisons
 from tofu_fx.planning.site import Attention, Decline, Site
-from tofu_fx.rules import find_rule
-from tofu_fx.tokens import Atom, Axes, Barrier, Dim, dim_size, hint
-from tofu_fx.tracer import AxisTracer, trace
 
 _LINEAR = "linear attention: it sums over all tokens once and compares no two, so that fewer of them save little"
 _MASKED = {

@@ -20,6 +20,9 @@ import networkx as nx
 import torch
 from torch.fx import Node
 
+from tofu_fx.axes.atoms import Atom, Axes, Base, token_atoms
+from tofu_fx.axes.rules.table import find_rule
+from tofu_fx.axes.tracer import AxisTracer, BarrierRecord, Seed, trace
 from tofu_fx.branches import place_branches
 from tofu_fx.choice import prefers_branch
 from tofu_fx.compilation import Compilation
@@ -30,9 +33,6 @@ from tofu_fx.options import BranchKind, Options
 from tofu_fx.placement import place_site, sample_places, token_places
 from tofu_fx.planning.plan import Plan
 from tofu_fx.planning.site import Decline, Site
-from tofu_fx.rules import find_rule
-from tofu_fx.tokens import Atom, Axes, Base, token_atoms
-from tofu_fx.tracer import AxisTracer, BarrierRecord, Seed, trace
 
 _VARYING = (
     "its number of tokens is symbolic; how many go is decided for each number, so every number is compiled on its own: "

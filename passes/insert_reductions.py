@@ -14,6 +14,8 @@ from dataclasses import replace
 import networkx as nx
 from torch.fx import Graph, Node
 
+from tofu_fx.axes.atoms import Barrier
+from tofu_fx.axes.tracer import AxisTracer, BarrierRecord
 from tofu_fx.compilation import Compilation
 from tofu_fx.errors import TofuError
 from tofu_fx.fx.autocast import Autocasts, is_region
@@ -24,8 +26,6 @@ from tofu_fx.placement import next_branch
 from tofu_fx.planning.sharing import share_matches
 from tofu_fx.planning.site import Decline, Site
 from tofu_fx.rewriter import Rewriter
-from tofu_fx.tokens import Barrier
-from tofu_fx.tracer import AxisTracer, BarrierRecord
 
 
 class _SiteLost(Exception):

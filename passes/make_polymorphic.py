@@ -19,10 +19,10 @@ import torch
 from tofu_fx.passes.insert_reductions import give_up_streams
 from torch.fx import Graph, Node
 
+from tofu_fx.axes.atoms import Axes, Barrier, Dim, dim_size, hint, token_atoms
+from tofu_fx.axes.tracer import AxisTracer, BarrierRecord
 from tofu_fx.compilation import Compilation
 from tofu_fx.fx.nodes import LITERAL, argument, is_op, set_argument, tensor_inputs
-from tofu_fx.tokens import Axes, Barrier, Dim, dim_size, hint, token_atoms
-from tofu_fx.tracer import AxisTracer, BarrierRecord
 
 _END = 2**63 - 1
 _SHAPED = {"view": "size", "reshape": "shape", "_unsafe_view": "size", "unflatten": "sizes"}

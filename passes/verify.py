@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch.fx import Interpreter, Node
 
+from tofu_fx.axes.atoms import hint
 from tofu_fx.compilation import Compilation
 from tofu_fx.errors import TofuError
 from tofu_fx.fx.autocast import Autocasts, is_region
 from tofu_fx.fx.fakes import compute
 from tofu_fx.inputs import fake_mode_of, faking
 from tofu_fx.strides import strides_of
-from tofu_fx.tokens import hint
 
 
 class _Checked(Interpreter):

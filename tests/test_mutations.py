@@ -40,7 +40,7 @@ def test_the_text_of_a_fault_stands_where_it_is_planted(mutant: Mutant) -> None:
 
 
 def test_a_text_that_is_gone_is_an_error_that_names_the_fault() -> None:
-    gone = Mutant("a fault that was", "tofu_fx/rules.py", "no such text", "", (), "")
+    gone = Mutant("a fault that was", "tofu_fx/axes/rules/table.py", "no such text", "", (), "")
     with pytest.raises(Moved, match=r"'a fault that was': its text stands 0 times in tofu_fx/rules\.py"):
         mutated(gone)
 

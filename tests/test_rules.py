@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tofu_fx.rules import RULES, find_rule
-from tofu_fx.tokens import Atom, Base, token_atoms
-from tofu_fx.tracer import AxisTracer
+from tofu_fx.axes.atoms import Atom, Base, token_atoms
+from tofu_fx.axes.rules.table import RULES, find_rule
+from tofu_fx.axes.tracer import AxisTracer
 
 B, N, C = 3, 7, 8
 X = torch.randn(B, N, C, generator=torch.Generator().manual_seed(0))

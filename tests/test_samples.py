@@ -125,7 +125,7 @@ def test_an_op_that_mixes_samples_is_named_as_the_barrier() -> None:
 
 def test_verify_refuses_a_graph_in_which_a_rule_lost_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault planted in the walk itself, as no rule could be trusted: the check as the graph is written is another."""
-    from tofu_fx.samples import Samples
+    from tofu_fx.axes.samples import Samples
 
     honest, walking = Samples.check, [True]
     monkeypatch.setattr(

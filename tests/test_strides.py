@@ -14,10 +14,10 @@ from torch.fx import Graph, GraphModule
 
 from tests.harness import compiled, relative_error, tensors
 from tests.zoo import ZOO
+from tofu_fx.axes.atoms import Barrier
 from tofu_fx.layout import Emitter
 from tofu_fx.strides import as_traced
 from tofu_fx.testing import randomise
-from tofu_fx.tokens import Barrier
 
 
 def both(model: Any, x: Tensor, inner: str) -> list[tuple[Tensor, Tensor]]:

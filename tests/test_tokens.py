@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tofu_fx.space import Space
-from tofu_fx.tokens import Atom, Barrier, Base, Dim, dim_size, hint, token_dim
+from tofu_fx.axes.atoms import Atom, Barrier, Base, Dim, dim_size, hint, token_dim
+from tofu_fx.axes.space import Space
 
 
 def token(size: int, lead: int = 0, tail: int = 0) -> Atom:

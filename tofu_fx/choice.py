@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from tofu_fx.axes.atoms import hint
 from tofu_fx.compilation import Compilation
 from tofu_fx.planning.site import Site
-from tofu_fx.tokens import hint
 
 FEW_SITES = 2  # behind so few, merging all that must go at once loses more than merging in each block does
 

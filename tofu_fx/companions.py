@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from tofu_fx.axes.atoms import Axes, Dim, dim_size
+from tofu_fx.axes.rules.table import find_rule, pointwise
+from tofu_fx.axes.tracer import AxisTracer
 from tofu_fx.fx.nodes import argument, is_op, tensor_inputs
 from tofu_fx.layout import Emitter, Layout, align, aten
-from tofu_fx.rules import find_rule, pointwise
 from tofu_fx.streams import Stream
-from tofu_fx.tokens import Axes, Dim, dim_size
-from tofu_fx.tracer import AxisTracer
 
 
 @dataclass

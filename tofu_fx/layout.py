@@ -16,8 +16,8 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from tofu_fx.axes.atoms import Atom, Axes, Barrier, Dim
 from tofu_fx.fx.fakes import compute
-from tofu_fx.tokens import Atom, Axes, Barrier, Dim
 
 aten = torch.ops.aten
 

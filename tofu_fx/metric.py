@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.fx import Node
 
+from tofu_fx.axes.atoms import Atom, Axes, Barrier, Dim, token_atoms
+from tofu_fx.axes.tracer import AxisTracer
 from tofu_fx.companions import is_one, scores_dims
 from tofu_fx.fx.nodes import is_op, tensor_inputs
 from tofu_fx.layout import Layout, aten, shape_of
@@ -16,8 +18,6 @@ from tofu_fx.masks import FAR_BELOW
 from tofu_fx.planning.site import Site
 from tofu_fx.sketch import folds
 from tofu_fx.streams import Stream
-from tofu_fx.tokens import Atom, Axes, Barrier, Dim, token_atoms
-from tofu_fx.tracer import AxisTracer
 
 if TYPE_CHECKING:
     from tofu_fx.rewriter import Rewriter

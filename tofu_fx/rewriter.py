@@ -17,6 +17,8 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from tofu_fx.axes.atoms import Axes, Barrier, dim_size, hint, token_atoms, token_dim
+from tofu_fx.axes.tracer import AxisTracer
 from tofu_fx.companions import Companions
 from tofu_fx.compilation import Compilation
 from tofu_fx.fx.nodes import LITERAL, argument, is_op, tensor_inputs
@@ -28,8 +30,6 @@ from tofu_fx.proportional import attention_bias, biased_attention, biased_scores
 from tofu_fx.sketch import folds
 from tofu_fx.streams import SHUFFLE, Stream, Version
 from tofu_fx.strides import as_traced
-from tofu_fx.tokens import Axes, Barrier, dim_size, hint, token_atoms, token_dim
-from tofu_fx.tracer import AxisTracer
 
 #: The version of a node: 0 with the tokens that were traced. A node of two streams (text that reads an image) is at a
 #: version of each: (number of the stream, its version) for both.

@@ -15,8 +15,8 @@ import torch
 from torch.fx import Node
 
 from tofu_fx import ops  # noqa: F401 - registers torch.ops.tofu
+from tofu_fx.axes.atoms import Atom, Barrier
 from tofu_fx.layout import Count, Emitter, Layout, aten
-from tofu_fx.tokens import Atom, Barrier
 
 tofu = torch.ops.tofu
 _END = 2**63 - 1

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from tofu_fx.axes.atoms import Barrier, hint
 from tofu_fx.layout import Count, Emitter, aten
-from tofu_fx.tokens import Barrier, hint
 
 
 def strides_of(value: torch.Tensor) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from tests.axes.layouts import B, C, N, copies, generator, same
 from tests.axes.page import DOCS, lines
 from tests.axes.rows_elementwise import TWO
 from tests.axes.table import ROWS
-from tofu_fx.rules import RULES
+from tofu_fx.axes.rules.table import RULES
 
 #: tracing makes another op of it
 BECOMES = {"lift_fresh": "lift_fresh_copy"}

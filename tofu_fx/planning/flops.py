@@ -16,9 +16,9 @@ import torch
 from torch.fx import Graph, Node
 
 from tofu_fx import ops  # noqa: F401 - registers torch.ops.tofu
+from tofu_fx.axes.atoms import hint
 from tofu_fx.fx.nodes import argument, is_alias, is_op, tensor_inputs
 from tofu_fx.ops import Grid
-from tofu_fx.tokens import hint
 
 #: turns a size of a fake tensor into a number, or into an expression
 Size = Callable[[Any], Any]

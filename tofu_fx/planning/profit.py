@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
+from tofu_fx.axes.atoms import hint
+from tofu_fx.axes.tracer import AxisTracer
 from tofu_fx.planning.counts import walk
 from tofu_fx.planning.flops import matching_flops, node_flops
 from tofu_fx.planning.site import Site
 from tofu_fx.sketch import folds
-from tofu_fx.tokens import hint
-from tofu_fx.tracer import AxisTracer
 
 
 @dataclass(frozen=True)

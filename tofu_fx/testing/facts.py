@@ -10,12 +10,12 @@ import math
 
 from torch.fx import Node
 
+from tofu_fx.axes.atoms import Atom, Axes
+from tofu_fx.axes.tracer import AxisTracer
 from tofu_fx.compilation import Compilation
 from tofu_fx.fx.nodes import is_op
 from tofu_fx.planning.site import Branch, Site
 from tofu_fx.testing.interpreter import Entry, Facts, Span, Vectors, Where
-from tofu_fx.tokens import Atom, Axes
-from tofu_fx.tracer import AxisTracer
 
 
 def facts_of(compilation: Compilation) -> Facts:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from torch.fx import Node
 
-from tofu_fx.space import Space
-from tofu_fx.tokens import Atom, Axes, Barrier, Dim, dim_size, token_atoms
+from tofu_fx.axes.atoms import Atom, Axes, Barrier, Dim, dim_size, token_atoms
+from tofu_fx.axes.space import Space
 
 
 class SamplesMixed(Barrier):

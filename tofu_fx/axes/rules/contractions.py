@@ -7,9 +7,9 @@ from typing import Any
 
 from torch.fx import Node
 
+from tofu_fx.axes.atoms import Axes, Barrier, Dim, dim_size, hint
+from tofu_fx.axes.tracer import AxisTracer
 from tofu_fx.fx.nodes import argument, walk_back
-from tofu_fx.tokens import Axes, Barrier, Dim, dim_size, hint
-from tofu_fx.tracer import AxisTracer
 
 
 def _contract(tracer: AxisTracer, node: Node, left: Dim, right: Dim) -> None:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from tofu_fx.axes.atoms import Atom, Axes, Barrier, Dim, dim_size, hint, token_atoms
+from tofu_fx.axes.samples import Samples, SamplesMixed
+from tofu_fx.axes.space import Space
 from tofu_fx.fx.nodes import is_alias, is_op, source_line, tensor_inputs
-from tofu_fx.samples import Samples, SamplesMixed
-from tofu_fx.space import Space
-from tofu_fx.tokens import Atom, Axes, Barrier, Dim, dim_size, hint, token_atoms
 
 Seed = Callable[["AxisTracer", Axes], Axes]
 
@@ -46,7 +46,7 @@ class BarrierRecord:
 
 @dataclass
 class AxisTracer:
-    """The walk and what it found. ``rules`` maps an op to its rule (``tofu_fx.rules.find_rule``)."""
+    """The walk and what it found. ``rules`` maps an op to its rule (``tofu_fx.axes.rules.table.find_rule``)."""
 
     graph: Graph
     rules: Callable[[Any], Callable[[AxisTracer, Node], Any] | None]

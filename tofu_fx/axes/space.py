@@ -1,4 +1,4 @@
-"""Makes the atoms of ``tofu_fx.tokens``, and remembers how they were derived, so that equal derivations are equal."""
+"""Makes the atoms of ``tofu_fx.axes.atoms``, and remembers how they were derived, so that equal derivations are equal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import networkx as nx
 
-from tofu_fx.tokens import Atom, Axes, Barrier, Base, Dim, Kind, dim_size, hint
+from tofu_fx.axes.atoms import Atom, Axes, Barrier, Base, Dim, Kind, dim_size, hint
 
 
 @dataclass

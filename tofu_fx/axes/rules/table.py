@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from tofu_fx.axes.atoms import Axes, Barrier, Dim, Kind, dim_size, hint, token_atoms
+from tofu_fx.axes.rules.contractions import LINEAR_RULES
+from tofu_fx.axes.rules.images import IMAGE_RULES
+from tofu_fx.axes.tracer import AxisTracer
 from tofu_fx.fx.nodes import argument, tensor_inputs
-from tofu_fx.rules_images import IMAGE_RULES
-from tofu_fx.rules_linear import LINEAR_RULES
-from tofu_fx.tokens import Axes, Barrier, Dim, Kind, dim_size, hint, token_atoms
-from tofu_fx.tracer import AxisTracer
 
 Rule = Callable[[AxisTracer, Node], Any]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch.fx import Node
 
-from tofu_fx.tokens import Axes, Barrier
-from tofu_fx.tracer import AxisTracer
+from tofu_fx.axes.atoms import Axes, Barrier
+from tofu_fx.axes.tracer import AxisTracer
 
 
 def group_norm(tracer: AxisTracer, node: Node) -> Axes:
