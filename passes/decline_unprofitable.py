@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from tofu_fx.compilation import Compilation
 from tofu_fx.planning.counts import walk
 from tofu_fx.planning.profit import unprofitable
-from tofu_fx.planning.site import Decline, Site
+from tofu_fx.sites.site import Decline, Site
 
 
 def decline_unprofitable(compilation: Compilation) -> None:

@@ -16,10 +16,10 @@ from tofu_fx.axes.rules.table import find_rule
 from tofu_fx.axes.tracer import AxisTracer, trace
 from tofu_fx.compilation import Compilation
 from tofu_fx.fx.nodes import argument, is_op, module_path
-from tofu_fx.guards import Guard
-from tofu_fx.masks import Masks
-from tofu_fx.patterns import OPAQUE, find_attentions, find_comparisons
-from tofu_fx.planning.site import Attention, Decline, Site
+from tofu_fx.sites.attention import OPAQUE, find_attentions, find_comparisons
+from tofu_fx.sites.guards import Guard
+from tofu_fx.sites.masks import Masks
+from tofu_fx.sites.site import Attention, Decline, Site
 
 _LINEAR = "linear attention: it sums over all tokens once and compares no two, so that fewer of them save little"
 _MASKED = {

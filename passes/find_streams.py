@@ -3,7 +3,7 @@
     x ----------------+            the residual add behind an attention is where a stream may shrink;
     norm-attention-proj-(+) = y    everything computed from y then works on fewer tokens, up to a barrier
 
-Or, in each block, the branches, while the residual keeps every token (``tofu_fx.branches``). Changes nothing in the
+Or, in each block, the branches, while the residual keeps every token (``tofu_fx.sites.branches``). Changes nothing in the
 graph but for an ``aten.alias`` where a branch shares its input with others. A stream that reaches a place which
 restoring cannot serve (a mutation in place, attention weights that leave the graph) is given up, with that place as
 the reason.
@@ -23,16 +23,16 @@ from torch.fx import Node
 from tofu_fx.axes.atoms import Atom, Axes, Base, token_atoms
 from tofu_fx.axes.rules.table import find_rule
 from tofu_fx.axes.tracer import AxisTracer, BarrierRecord, Seed, trace
-from tofu_fx.branches import place_branches
 from tofu_fx.choice import prefers_branch
 from tofu_fx.compilation import Compilation
-from tofu_fx.entries import detach_entries
 from tofu_fx.fx.nodes import is_op, value_graph
 from tofu_fx.images import check_grids, note_idle_options
 from tofu_fx.options import BranchKind, Options
-from tofu_fx.placement import place_site, sample_places, token_places
 from tofu_fx.planning.plan import Plan
-from tofu_fx.planning.site import Decline, Site
+from tofu_fx.sites.branches import place_branches
+from tofu_fx.sites.entries import detach_entries
+from tofu_fx.sites.residual import place_site, sample_places, token_places
+from tofu_fx.sites.site import Decline, Site
 
 _VARYING = (
     "its number of tokens is symbolic; how many go is decided for each number, so every number is compiled on its own: "

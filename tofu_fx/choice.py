@@ -8,7 +8,7 @@ import torch
 
 from tofu_fx.axes.atoms import hint
 from tofu_fx.compilation import Compilation
-from tofu_fx.planning.site import Site
+from tofu_fx.sites.site import Site
 
 FEW_SITES = 2  # behind so few, merging all that must go at once loses more than merging in each block does
 

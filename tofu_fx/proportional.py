@@ -11,7 +11,7 @@ from tofu_fx.axes.atoms import Barrier, token_atoms
 from tofu_fx.companions import scores_dims
 from tofu_fx.fx.nodes import argument, is_op
 from tofu_fx.layout import Emitter, align, aten
-from tofu_fx.masks import sides
+from tofu_fx.sites.masks import sides
 
 if TYPE_CHECKING:
     from tofu_fx.rewriter import Rewriter

@@ -17,8 +17,8 @@ from tofu_fx.planning.counts import streams, walk
 from tofu_fx.planning.plan import PlanRow
 from tofu_fx.planning.schedule import schedule
 from tofu_fx.planning.sharing import share_matches
-from tofu_fx.planning.site import Site
 from tofu_fx.report.plans import follow_tokens
+from tofu_fx.sites.site import Site
 
 
 def row(

@@ -14,7 +14,7 @@ from tofu_fx.planning.metrics import METRICS, choose_metric, kl_divergence, rela
 from tofu_fx.planning.rehearsal import Choice
 from tofu_fx.planning.schedule import default_match
 from tofu_fx.planning.sensitivity import Curve, Predictor, Sensitivity, first_kind, kinds
-from tofu_fx.planning.site import Rehearsed, Site
+from tofu_fx.sites.site import Rehearsed, Site
 
 
 def _site(name: str, tokens: int = 41) -> Site:

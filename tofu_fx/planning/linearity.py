@@ -17,7 +17,7 @@ from torch import Tensor
 from tofu_fx.planning.plan import Spread
 from tofu_fx.planning.rehearsal import Choice, Rehearsal, Snapshot
 from tofu_fx.planning.schedule import default_match
-from tofu_fx.planning.site import Rehearsed
+from tofu_fx.sites.site import Rehearsed
 
 #: N, the pieces that the way from X0 to X1 is cut into
 STEPS = 10

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tofu_fx.errors import PlanError
 from tofu_fx.options import MOST, MOST_SIDE, BranchKind, Match
 from tofu_fx.planning.counts import walk
-from tofu_fx.planning.site import Site
+from tofu_fx.sites.site import Site
 from tofu_fx.wording import expectation, place, printable, refusal_of, shown
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from tofu_fx.fx.autocast import Autocasts, is_region
 from tofu_fx.options import Options
 from tofu_fx.pipeline import run_pipeline
 from tofu_fx.planning.counts import Passage, walk
-from tofu_fx.planning.site import Rehearsed
+from tofu_fx.sites.site import Rehearsed
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from tofu_fx.errors import OptionError
 from tofu_fx.options import Options
 from tofu_fx.planning.counts import streams, walk
 from tofu_fx.planning.plan import Plan
-from tofu_fx.planning.site import Site
+from tofu_fx.sites.site import Site
 from tofu_fx.sketch import folds
 
 DEFAULT_RATIO = 0.5

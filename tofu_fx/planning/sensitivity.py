@@ -11,7 +11,7 @@ import numpy
 from tofu_fx.planning.counts import walk
 from tofu_fx.planning.rehearsal import Choice
 from tofu_fx.planning.schedule import default_match
-from tofu_fx.planning.site import Rehearsed, Site
+from tofu_fx.sites.site import Rehearsed, Site
 
 #: shares of a site's free tokens that are removed to measure its error curve; half is the most that can go at once
 SHARES = (0.08, 0.22, 0.5)

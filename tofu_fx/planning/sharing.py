@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tofu_fx.options import Reuse
-from tofu_fx.planning.site import Site
+from tofu_fx.sites.site import Site
 
 
 def share_matches(sites: Sequence[Site], reuse: Reuse) -> None:

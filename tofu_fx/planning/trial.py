@@ -22,8 +22,8 @@ from tofu_fx.planning.counts import Passage, streams, walk
 from tofu_fx.planning.flops import count_flops
 from tofu_fx.planning.refusals import model_refusals
 from tofu_fx.planning.rehearsal import Choices, Rehearsal, Snapshot
-from tofu_fx.planning.site import Rehearsed, Site
 from tofu_fx.planning.timing import room_for_variants
+from tofu_fx.sites.site import Rehearsed, Site
 
 
 @dataclass

@@ -16,9 +16,9 @@ from tofu_fx.planning.cost import CostModel, share_of_operations
 from tofu_fx.planning.planner import Front, Stage, combine, search
 from tofu_fx.planning.rehearsal import Choice, Choices
 from tofu_fx.planning.sensitivity import Kind, Predictor
-from tofu_fx.planning.site import Site
 from tofu_fx.planning.survey import Survey
 from tofu_fx.planning.trial import Trial
+from tofu_fx.sites.site import Site
 
 #: plans that are within this share of the least predicted loss are equal: the one with fewer token counts is taken
 EQUAL = 0.005

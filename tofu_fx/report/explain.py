@@ -18,7 +18,7 @@ from tofu_fx.planning.batches import Batch
 from tofu_fx.planning.counts import stream_of
 from tofu_fx.planning.flops import count_flops
 from tofu_fx.planning.plan import Plan, PlanRow
-from tofu_fx.planning.site import Site
+from tofu_fx.sites.site import Site
 from tofu_fx.summary import summarise
 from tofu_fx.wording import printable
 

@@ -14,7 +14,7 @@ from tofu_fx.axes.atoms import Atom, Axes
 from tofu_fx.axes.tracer import AxisTracer
 from tofu_fx.compilation import Compilation
 from tofu_fx.fx.nodes import is_op
-from tofu_fx.planning.site import Branch, Site
+from tofu_fx.sites.site import Branch, Site
 from tofu_fx.testing.interpreter import Entry, Facts, Span, Vectors, Where
 
 

@@ -16,7 +16,7 @@ from tofu_fx.errors import Unsupported
 from tofu_fx.options import Options
 from tofu_fx.pipeline import run_pipeline
 from tofu_fx.planning.plan import Plan, PlanRow
-from tofu_fx.planning.site import Site
+from tofu_fx.sites.site import Site
 from tofu_fx.testing.facts import facts_of
 from tofu_fx.testing.formulas import Undecided
 from tofu_fx.testing.interpreter import Interpreter, Labels

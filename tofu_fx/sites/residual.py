@@ -11,7 +11,7 @@ from torch.fx import Node
 from tofu_fx.axes.atoms import Atom, hint
 from tofu_fx.axes.tracer import AxisTracer
 from tofu_fx.fx.nodes import argument, is_op
-from tofu_fx.planning.site import Attention, Decline, Site
+from tofu_fx.sites.site import Attention, Decline, Site
 
 _NEAR_THE_END = 16  # a token that the graph takes by its position this near an end is a prefix or suffix token
 _FAR = 200  # nodes: a block of the deepest model met has 60

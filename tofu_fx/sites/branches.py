@@ -20,9 +20,9 @@ from torch.fx import Node
 from tofu_fx.axes.atoms import Atom, Axes
 from tofu_fx.axes.tracer import AxisTracer
 from tofu_fx.fx.nodes import is_op, tensor_inputs
-from tofu_fx.patterns import PRODUCTS
-from tofu_fx.placement import descendants, image_of, protected, token_places
-from tofu_fx.planning.site import Branch, Decline, Site
+from tofu_fx.sites.attention import PRODUCTS
+from tofu_fx.sites.residual import descendants, image_of, protected, token_places
+from tofu_fx.sites.site import Branch, Decline, Site
 
 _COPIES = ("to", "_to_copy", "type_as", "alias", "dropout", "contiguous", "clone", "detach")
 _STREAM = ("layer_norm", "rms_norm", *_COPIES)

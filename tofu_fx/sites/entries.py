@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from tofu_fx.axes.tracer import AxisTracer
 from tofu_fx.fx.nodes import is_op
-from tofu_fx.planning.site import Site
+from tofu_fx.sites.site import Site
 
 
 def detach_entries(site: Site, plain: AxisTracer, others: Collection[Node]) -> None:

@@ -19,7 +19,7 @@ from torch.fx.node import map_arg
 from tofu_fx.axes.atoms import Atom, Axes, Base, Dim, hint
 from tofu_fx.axes.tracer import AxisTracer
 from tofu_fx.fx.nodes import argument, is_op, tensor_inputs
-from tofu_fx.planning.site import Attention, Decline
+from tofu_fx.sites.site import Attention, Decline
 
 #: whole layers in one op: what nn.TransformerEncoder and nn.MultiheadAttention become in eval mode without gradients
 OPAQUE = ("_transformer_encoder_layer_fwd", "_native_multi_head_attention")

@@ -20,8 +20,8 @@ from torch.fx.node import map_arg
 
 from tofu_fx.axes.atoms import Barrier, hint
 from tofu_fx.fx.nodes import argument, is_alias, is_op, tensor_inputs
-from tofu_fx.guards import Guard
-from tofu_fx.planning.site import Attention
+from tofu_fx.sites.guards import Guard
+from tofu_fx.sites.site import Attention
 
 #: ordered: nothing is hidden; tokens are hidden from all alike (padding); some from some; later ones from earlier ones
 Hides = Literal["nothing", "keys", "pairs", "unseen", "later"]

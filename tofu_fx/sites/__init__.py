@@ -1,0 +1,1 @@
+"""Which attentions a graph has, and where the tokens of each may go."""
