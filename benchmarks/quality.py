@@ -33,7 +33,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import tofu_fx
-from tofu_fx.options import Match, Options
+from tofu_fx.plan.options import Match, Options
 from tofu_fx.planning.batches import read_batches
 from tofu_fx.planning.cost import CostModel, share_of_operations
 from tofu_fx.planning.rehearsal import Choice, Choices

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tofu_fx.compilation import Compilation
-from tofu_fx.planning.counts import walk
-from tofu_fx.planning.profit import unprofitable
+from tofu_fx.plan.counts import walk
+from tofu_fx.plan.profit import unprofitable
 from tofu_fx.sites.site import Decline, Site
 
 

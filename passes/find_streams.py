@@ -26,9 +26,9 @@ from tofu_fx.axes.tracer import AxisTracer, BarrierRecord, Seed, trace
 from tofu_fx.choice import prefers_branch
 from tofu_fx.compilation import Compilation
 from tofu_fx.fx.nodes import is_op, value_graph
-from tofu_fx.images import check_grids, note_idle_options
-from tofu_fx.options import BranchKind, Options
-from tofu_fx.planning.plan import Plan
+from tofu_fx.plan.images import check_grids, note_idle_options
+from tofu_fx.plan.options import BranchKind, Options
+from tofu_fx.plan.plan import Plan
 from tofu_fx.sites.branches import place_branches
 from tofu_fx.sites.entries import detach_entries
 from tofu_fx.sites.residual import place_site, sample_places, token_places

@@ -22,7 +22,7 @@ from tofu_fx.fx.autocast import Autocasts, is_region
 from tofu_fx.fx.nodes import LITERAL, graph_module, tensor_inputs, value_graph
 from tofu_fx.inputs import InputFakes, faking
 from tofu_fx.layout import Emitter
-from tofu_fx.planning.sharing import share_matches
+from tofu_fx.plan.sharing import share_matches
 from tofu_fx.rewriter import Rewriter
 from tofu_fx.sites.residual import next_branch
 from tofu_fx.sites.site import Decline, Site

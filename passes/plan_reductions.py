@@ -6,7 +6,7 @@ Changes nothing in the graph.
 from __future__ import annotations
 
 from tofu_fx.compilation import Compilation
-from tofu_fx.planning.schedule import schedule
+from tofu_fx.plan.schedule import schedule
 
 
 def plan_reductions(compilation: Compilation) -> None:

@@ -13,9 +13,9 @@ from tests.eager_reference import Reducer, reference_vit
 from tests.harness import EAGER, MEANING_TOLERANCE, plan_rows, randomise, relative_error
 from tests.zoo import ZOO
 from tofu_fx.backend import rewrite, tofu
-from tofu_fx.options import Options
 from tofu_fx.pipeline import run_pipeline
-from tofu_fx.planning.plan import Plan
+from tofu_fx.plan.options import Options
+from tofu_fx.plan.plan import Plan
 
 
 @pytest.fixture(autouse=True)

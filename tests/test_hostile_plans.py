@@ -15,9 +15,9 @@ import torch
 from rich.console import Console
 
 from tofu_fx import OptionError, Options, Plan, PlanError
-from tofu_fx.options import EXPECTED as OPTIONS
-from tofu_fx.planning.plan import EXPECTED as KEYS
-from tofu_fx.planning.plan import PlanRow
+from tofu_fx.plan.options import EXPECTED as OPTIONS
+from tofu_fx.plan.plan import EXPECTED as KEYS
+from tofu_fx.plan.plan import PlanRow
 from tofu_fx.report.explain import Explanation, GraphReport, SiteRow
 from tofu_fx.wording import printable, shortened, shown
 
@@ -256,7 +256,7 @@ def test_escape_sequences_of_a_plan_are_written_out_in_its_table() -> None:
 
 
 def test_escape_sequences_are_written_out_where_two_plans_differ() -> None:
-    from tofu_fx.report.plans import plan_diff
+    from tofu_fx.plan.table import plan_diff
 
     plans = [Plan.load({"model": ESCAPES, "sites": [{**ROW, "id": ESCAPES, "r": r}]}) for r in (1, 2)]
     harmless(seen(lambda console: console.print(plan_diff(*plans, names=(ESCAPES, "other")))))

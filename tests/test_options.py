@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tofu_fx import OptionError, Options
-from tofu_fx.planning.schedule import spread
+from tofu_fx.plan.schedule import spread
 
 
 def test_defaults_are_those_of_the_documentation() -> None:

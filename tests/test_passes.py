@@ -15,8 +15,8 @@ from tests.zoo import ZOO
 from tofu_fx import PassError, TofuError, pipeline
 from tofu_fx.compilation import Compilation
 from tofu_fx.fx.nodes import is_op
-from tofu_fx.options import Options
 from tofu_fx.pipeline import PASSES, run_pipeline
+from tofu_fx.plan.options import Options
 
 NAMES = [p.__name__ for p in PASSES]
 

@@ -13,9 +13,9 @@ from rich.table import Table
 
 from tofu_fx import Plan, TofuError
 from tofu_fx.demo.extra import MissingExtraError
-from tofu_fx.planning.plan import Calibration, Figures, PlanRow, Spread
-from tofu_fx.report import plans
-from tofu_fx.report.plans import differences, follow_tokens, plan_diff
+from tofu_fx.plan import table as plans
+from tofu_fx.plan.plan import Calibration, Figures, PlanRow, Spread
+from tofu_fx.plan.table import differences, follow_tokens, plan_diff
 
 
 def row(layer: int, strategy: str, r: int, **more: Any) -> PlanRow:

@@ -12,7 +12,7 @@ import tofu_fx
 from tests.harness import same_bits
 from tests.zoo import ZOO
 from tofu_fx.errors import TofuWarning
-from tofu_fx.planning import profit
+from tofu_fx.plan import profit
 
 WORDS = "would cost more time than it saves"
 

@@ -14,7 +14,7 @@ import tofu_fx
 from tests.harness import compiled, randomise
 from tofu_fx.compilation import Compilation
 from tofu_fx.fx.nodes import is_op
-from tofu_fx.options import Options
+from tofu_fx.plan.options import Options
 from tofu_fx.testing import capture_aten, honest_meta, idempotent, keeps_outputs, prove, well_formed
 
 X = torch.randn(2, 12, 8, generator=torch.Generator().manual_seed(0))

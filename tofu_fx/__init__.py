@@ -4,9 +4,9 @@
 """
 
 from tofu_fx.errors import CalibrationError, OptionError, PassError, PlanError, TofuError, TofuWarning, Unsupported
-from tofu_fx.options import Options
+from tofu_fx.plan.options import Options
+from tofu_fx.plan.plan import Plan
 from tofu_fx.planning.calibrate import calibrate
-from tofu_fx.planning.plan import Plan
 from tofu_fx.report.explain import Explanation, explain
 from tofu_fx.report.sweep import Sweep, sweep
 from tofu_fx.report.tokens import token_groups

@@ -9,7 +9,7 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from tofu_fx.axes.tracer import AxisTracer, BarrierRecord
-from tofu_fx.options import Options
+from tofu_fx.plan.options import Options
 from tofu_fx.sites.guards import Guard
 from tofu_fx.sites.site import Attention, Rehearsed, Site
 

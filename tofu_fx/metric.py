@@ -14,9 +14,9 @@ from tofu_fx.axes.tracer import AxisTracer
 from tofu_fx.companions import is_one, scores_dims
 from tofu_fx.fx.nodes import is_op, tensor_inputs
 from tofu_fx.layout import Layout, aten, shape_of
+from tofu_fx.plan.sketch import folds
 from tofu_fx.sites.masks import FAR_BELOW
 from tofu_fx.sites.site import Site
-from tofu_fx.sketch import folds
 from tofu_fx.streams import Stream
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ from tofu_fx.compilation import Compilation
 from tofu_fx.errors import PassError, TofuError
 from tofu_fx.fx.nodes import module_path, source_line
 from tofu_fx.fx.spec import check_spec
-from tofu_fx.options import Options
 from tofu_fx.passes.decline_unprofitable import decline_unprofitable
 from tofu_fx.passes.find_attention import find_attention
 from tofu_fx.passes.find_streams import find_streams
@@ -23,6 +22,7 @@ from tofu_fx.passes.lower_to_aten import lower_to_aten
 from tofu_fx.passes.make_polymorphic import make_polymorphic
 from tofu_fx.passes.plan_reductions import plan_reductions
 from tofu_fx.passes.verify import verify
+from tofu_fx.plan.options import Options
 
 logger = logging.getLogger("tofu_fx")
 

@@ -24,10 +24,10 @@ from tofu_fx.compilation import Compilation
 from tofu_fx.fx.nodes import LITERAL, argument, is_op, tensor_inputs
 from tofu_fx.layout import Count, Emitter, Layout
 from tofu_fx.metric import Metric, batch_of
-from tofu_fx.options import Match
+from tofu_fx.plan.options import Match
+from tofu_fx.plan.sketch import folds
 from tofu_fx.proportional import attention_bias, biased_attention, biased_scores, weighted
 from tofu_fx.sites.site import Branch, Rehearsed, Site
-from tofu_fx.sketch import folds
 from tofu_fx.streams import SHUFFLE, Stream, Version
 from tofu_fx.strides import as_traced
 

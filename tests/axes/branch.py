@@ -8,8 +8,8 @@ from torch import Tensor
 from tests.axes.harness import FAKES, Row, X, traced
 from tests.axes.layouts import PAIRS, B, C, D, H, N, constant
 from tofu_fx.compilation import Compilation
-from tofu_fx.options import Options
 from tofu_fx.pipeline import run_pipeline
+from tofu_fx.plan.options import Options
 
 
 def two_branches(x: Tensor, row: Row) -> Tensor:

@@ -36,8 +36,8 @@ from tests.axes.layouts import (
 )  # fmt: skip
 from tofu_fx.compilation import Compilation
 from tofu_fx.fx.spellings import respell
-from tofu_fx.options import Options
 from tofu_fx.pipeline import run_pipeline
+from tofu_fx.plan.options import Options
 
 # The verdicts.
 CARRIED = "carried"  # the op does the same on fewer tokens

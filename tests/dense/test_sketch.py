@@ -11,8 +11,8 @@ import torch
 
 import tofu_fx
 from tests.harness import compiled, same_bits
-from tofu_fx import sketch
-from tofu_fx.options import Options
+from tofu_fx.plan import sketch
+from tofu_fx.plan.options import Options
 from tofu_fx.planning.batches import Batch
 from tofu_fx.planning.trial import Trial
 from tofu_fx.testing import prove

@@ -13,11 +13,11 @@ import tofu_fx
 from tests.dense.test_branches import ViT, branch, images
 from tests.harness import EAGER, randomise
 from tofu_fx import Plan
-from tofu_fx.planning.counts import streams, walk
-from tofu_fx.planning.plan import PlanRow
-from tofu_fx.planning.schedule import schedule
-from tofu_fx.planning.sharing import share_matches
-from tofu_fx.report.plans import follow_tokens
+from tofu_fx.plan.counts import streams, walk
+from tofu_fx.plan.plan import PlanRow
+from tofu_fx.plan.schedule import schedule
+from tofu_fx.plan.sharing import share_matches
+from tofu_fx.plan.table import follow_tokens
 from tofu_fx.sites.site import Site
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.zoo import ZOO
-from tofu_fx.options import Options
+from tofu_fx.plan.options import Options
 from tofu_fx.planning.batches import Batch
 from tofu_fx.planning.linearity import STEPS, fractional_linearity, site_linearity, spread
 from tofu_fx.planning.trial import Trial

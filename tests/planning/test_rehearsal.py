@@ -15,7 +15,7 @@ import tofu_fx
 from tests.harness import compiled, randomise, relative_error, same_bits, tensors
 from tests.zoo import ZOO
 from tofu_fx import Plan
-from tofu_fx.options import Options
+from tofu_fx.plan.options import Options
 from tofu_fx.planning.batches import Batch, read_batches
 from tofu_fx.planning.cost import CostModel, fit_weights
 from tofu_fx.planning.rehearsal import Choice

@@ -15,9 +15,9 @@ from tests.testing.examples import SHARES, TOTAL, share
 from tofu_fx.compilation import Compilation
 from tofu_fx.fx.nodes import copy_graph
 from tofu_fx.fx.spec import check_spec
-from tofu_fx.options import Options
 from tofu_fx.pipeline import PASSES, run_pipeline
-from tofu_fx.planning.plan import Plan
+from tofu_fx.plan.options import Options
+from tofu_fx.plan.plan import Plan
 from tofu_fx.testing import (
     EAGER,
     Spec,

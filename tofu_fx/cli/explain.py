@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from tofu_fx.cli import inputs, models
 from tofu_fx.cli.command import Command, counts, share
-from tofu_fx.options import Match, Placement, Strategy
+from tofu_fx.plan.options import Match, Placement, Strategy
 
 EPILOG = f"""\
 {models.SOURCES}
@@ -38,7 +38,7 @@ def _run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     import tofu_fx
-    from tofu_fx.options import Options
+    from tofu_fx.plan.options import Options
     from tofu_fx.planning.batches import as_batch
     from tofu_fx.planning.refusals import model_refusals
 

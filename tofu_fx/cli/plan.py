@@ -54,7 +54,7 @@ def _diff(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from tofu_fx import Plan
-    from tofu_fx.report.plans import differences, plan_diff
+    from tofu_fx.plan.table import differences, plan_diff
 
     first, second = Plan.load(args.first), Plan.load(args.second)
     if not differences(first, second):

@@ -15,11 +15,11 @@ import torch
 
 from tofu_fx.backend import refuse_pipeline
 from tofu_fx.errors import CalibrationError, TofuWarning
-from tofu_fx.options import Options
+from tofu_fx.plan.options import Options
+from tofu_fx.plan.plan import Calibration, Plan, PlanRow
 from tofu_fx.planning.batches import device_of, read_batches
 from tofu_fx.planning.deciding import ATTEMPTS, PASSES, Decider, Decision, Policy, finite
 from tofu_fx.planning.linearity import STEPS
-from tofu_fx.planning.plan import Calibration, Plan, PlanRow
 from tofu_fx.planning.progress import Progress
 from tofu_fx.planning.rehearsal import Choice, Choices
 from tofu_fx.planning.sensitivity import candidates

@@ -17,7 +17,7 @@ import numpy
 import sympy
 import torch
 
-from tofu_fx.planning.flops import matching_flops, node_bytes, node_flops
+from tofu_fx.plan.flops import matching_flops, node_bytes, node_flops
 from tofu_fx.planning.rehearsal import Choices, Rehearsal
 from tofu_fx.planning.sensitivity import free_tokens
 

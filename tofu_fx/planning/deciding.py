@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from tofu_fx.errors import CalibrationError
+from tofu_fx.plan.plan import Figures
+from tofu_fx.plan.schedule import DEFAULT_RATIO, spread
 from tofu_fx.planning.batches import device_of
 from tofu_fx.planning.cost import CostModel
-from tofu_fx.planning.plan import Figures
 from tofu_fx.planning.rehearsal import Choice, Choices
-from tofu_fx.planning.schedule import DEFAULT_RATIO, spread
 from tofu_fx.planning.sensitivity import Curve, Kind, Predictor, Sensitivity, first_kind, kinds
 from tofu_fx.planning.survey import Survey
 from tofu_fx.planning.target import Target

@@ -24,9 +24,9 @@ from torch.fx.node import map_arg
 from tofu_fx import ops  # noqa: F401 - registers torch.ops.tofu
 from tofu_fx.compilation import Compilation
 from tofu_fx.fx.autocast import Autocasts, is_region
-from tofu_fx.options import Options
 from tofu_fx.pipeline import run_pipeline
-from tofu_fx.planning.counts import Passage, walk
+from tofu_fx.plan.counts import Passage, walk
+from tofu_fx.plan.options import Options
 from tofu_fx.sites.site import Rehearsed
 
 

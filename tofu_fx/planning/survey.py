@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from tofu_fx.errors import CalibrationError
+from tofu_fx.plan.plan import Spread
 from tofu_fx.planning.batches import Batch, device_of
 from tofu_fx.planning.cost import CostModel, count_operations, fit_weights
 from tofu_fx.planning.linearity import site_linearity, spread
 from tofu_fx.planning.metrics import METRICS, OutputError, choose_metric
-from tofu_fx.planning.plan import Spread
 from tofu_fx.planning.progress import Progress
 from tofu_fx.planning.rehearsal import Choice, Choices
 from tofu_fx.planning.sensitivity import Sensitivity, candidates, first_kind

@@ -16,10 +16,10 @@ import torch
 from torch.fx import Graph, GraphModule
 
 from tofu_fx.errors import CalibrationError, PassError, Unsupported
-from tofu_fx.options import Options
+from tofu_fx.plan.counts import Passage, streams, walk
+from tofu_fx.plan.flops import count_flops
+from tofu_fx.plan.options import Options
 from tofu_fx.planning.batches import Batch
-from tofu_fx.planning.counts import Passage, streams, walk
-from tofu_fx.planning.flops import count_flops
 from tofu_fx.planning.refusals import model_refusals
 from tofu_fx.planning.rehearsal import Choices, Rehearsal, Snapshot
 from tofu_fx.planning.timing import room_for_variants
@@ -103,7 +103,7 @@ class Trial(AbstractContextManager["Trial"]):
     def walk(
         self, removes: Callable[[Site, int], int], sites: Sequence[Site] | None = None
     ) -> Iterator[tuple[Site, Passage]]:
-        """``tofu_fx.planning.counts.walk`` over the sites of all graphs, or over some of them."""
+        """``tofu_fx.plan.counts.walk`` over the sites of all graphs, or over some of them."""
         stream_of = self.stream_of
         return walk(self.sites if sites is None else sites, removes, stream=lambda site, _: stream_of[site.id])
 

@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from tofu_fx.options import Options
+from tofu_fx.plan.options import Options
+from tofu_fx.plan.plan import Plan, PlanRow
+from tofu_fx.plan.schedule import default_match
 from tofu_fx.planning.batches import read_batches
 from tofu_fx.planning.cost import count_operations, share_of_operations
-from tofu_fx.planning.plan import Plan, PlanRow
 from tofu_fx.planning.rehearsal import Choice, Choices
-from tofu_fx.planning.schedule import default_match
 from tofu_fx.planning.sensitivity import Kind, first_kind
 from tofu_fx.planning.trial import Trial
 

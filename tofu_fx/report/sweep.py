@@ -17,11 +17,11 @@ from rich.text import Text
 from torch import Tensor
 
 from tofu_fx.errors import CalibrationError, TofuError
-from tofu_fx.options import Options
+from tofu_fx.plan.options import Options
+from tofu_fx.plan.plan import Plan
 from tofu_fx.planning.batches import Batch, device_of, read_batches
 from tofu_fx.planning.calibrate import Target, calibrate
 from tofu_fx.planning.metrics import OutputError, choose_metric
-from tofu_fx.planning.plan import Plan
 from tofu_fx.planning.progress import Progress
 from tofu_fx.planning.refusals import RefusedInput, model_refusals
 from tofu_fx.planning.timing import call_with, compile_variant, device_name, room_for_variants, time_calls

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Interpreter, Node
 
 from tofu_fx.backend import rewrite, run_once
-from tofu_fx.options import Options
+from tofu_fx.plan.options import Options
 
 
 class _Watched(Interpreter):

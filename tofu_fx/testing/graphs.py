@@ -13,8 +13,8 @@ from torch.fx.node import map_arg
 from tofu_fx.backend import run_once
 from tofu_fx.compilation import Compilation
 from tofu_fx.fx.nodes import is_impure
-from tofu_fx.options import Options
 from tofu_fx.passes.lower_to_aten import lower_to_aten
+from tofu_fx.plan.options import Options
 
 #: any graph pass: it rewrites what it is given and returns nothing, or it returns another graph module
 Pass = Callable[[GraphModule], "GraphModule | None"]

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from tofu_fx.compilation import Compilation
-from tofu_fx.options import Options
-from tofu_fx.planning.counts import walk
-from tofu_fx.planning.plan import Plan
+from tofu_fx.plan.counts import walk
+from tofu_fx.plan.options import Options
+from tofu_fx.plan.plan import Plan
 from tofu_fx.sites.site import Site
 from tofu_fx.testing.compare import relative_error, same_bits, tensors
 from tofu_fx.testing.study import POLYMORPHIC, SHUFFLED, Study, Variant, placed, plan_rows, study

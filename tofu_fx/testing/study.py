@@ -13,9 +13,9 @@ from torch.fx import GraphModule, Node
 from tofu_fx.backend import Outcome, rewrite
 from tofu_fx.compilation import Compilation
 from tofu_fx.errors import Unsupported
-from tofu_fx.options import Options
 from tofu_fx.pipeline import run_pipeline
-from tofu_fx.planning.plan import Plan, PlanRow
+from tofu_fx.plan.options import Options
+from tofu_fx.plan.plan import Plan, PlanRow
 from tofu_fx.sites.site import Site
 from tofu_fx.testing.facts import facts_of
 from tofu_fx.testing.formulas import Undecided

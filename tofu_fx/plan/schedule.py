@@ -6,11 +6,11 @@ import itertools
 from collections.abc import Sequence
 
 from tofu_fx.errors import OptionError
-from tofu_fx.options import Options
-from tofu_fx.planning.counts import streams, walk
-from tofu_fx.planning.plan import Plan
+from tofu_fx.plan.counts import streams, walk
+from tofu_fx.plan.options import Options
+from tofu_fx.plan.plan import Plan
+from tofu_fx.plan.sketch import folds
 from tofu_fx.sites.site import Site
-from tofu_fx.sketch import folds
 
 DEFAULT_RATIO = 0.5
 

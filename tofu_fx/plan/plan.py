@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tofu_fx.errors import PlanError
-from tofu_fx.options import MOST, MOST_SIDE, BranchKind, Match
-from tofu_fx.planning.counts import walk
+from tofu_fx.plan.counts import walk
+from tofu_fx.plan.options import MOST, MOST_SIDE, BranchKind, Match
 from tofu_fx.sites.site import Site
 from tofu_fx.wording import expectation, place, printable, refusal_of, shown
 
@@ -258,13 +258,13 @@ class Plan(_Record):
 
     def table(self) -> Table:
         """The plan as a rich table: one row for each site, with the reasons."""
-        from tofu_fx.report.plans import plan_table
+        from tofu_fx.plan.table import plan_table
 
         return plan_table(self)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw linearity, strategy, tokens and predicted error per site into a picture (needs matplotlib)."""
-        from tofu_fx.report.plans import draw_plan
+        from tofu_fx.plan.table import draw_plan
 
         draw_plan(self, path)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tofu_fx.options import Reuse
+from tofu_fx.plan.options import Reuse
 from tofu_fx.sites.site import Site
 
 

@@ -11,8 +11,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from tofu_fx.planning.counts import stream_of, walk
-from tofu_fx.planning.plan import Calibration, Figures, Plan, PlanRow, Spread
+from tofu_fx.plan.counts import stream_of, walk
+from tofu_fx.plan.plan import Calibration, Figures, Plan, PlanRow, Spread
 from tofu_fx.report.figure import GREY, INK, LOOKS, new_figure, save_figure
 from tofu_fx.wording import printable
 
@@ -37,7 +37,7 @@ class Step:
 
 
 def follow_tokens(plan: Plan) -> list[Step]:
-    """The token counts at each site, in the order of the rows (see ``tofu_fx.planning.counts``)."""
+    """The token counts at each site, in the order of the rows (see ``tofu_fx.plan.counts``)."""
     return [Step(row, passage.arriving, passage.leaving) for row, passage in walk(plan.sites, lambda row, _: row.r)]
 
 

@@ -16,10 +16,10 @@ from torch.fx import Graph, Node
 
 from tofu_fx.axes.atoms import hint
 from tofu_fx.axes.tracer import AxisTracer
-from tofu_fx.planning.counts import walk
-from tofu_fx.planning.flops import matching_flops, node_flops
+from tofu_fx.plan.counts import walk
+from tofu_fx.plan.flops import matching_flops, node_flops
+from tofu_fx.plan.sketch import folds
 from tofu_fx.sites.site import Site
-from tofu_fx.sketch import folds
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from tofu_fx.choice import FEW_SITES
 from tofu_fx.errors import OptionError, PlanError
-from tofu_fx.options import OF_BRANCHES, Options
-from tofu_fx.planning.plan import Plan
+from tofu_fx.plan.options import OF_BRANCHES, Options
+from tofu_fx.plan.plan import Plan
 from tofu_fx.sites.site import Site
 from tofu_fx.wording import shown
 
