@@ -20,10 +20,10 @@ from tofu_fx.compilation import Compilation
 from tofu_fx.errors import TofuError
 from tofu_fx.fx.autocast import Autocasts, is_region
 from tofu_fx.fx.nodes import LITERAL, graph_module, tensor_inputs, value_graph
-from tofu_fx.inputs import InputFakes, faking
-from tofu_fx.layout import Emitter
 from tofu_fx.plan.sharing import share_matches
-from tofu_fx.rewriter import Rewriter
+from tofu_fx.rewrite.layout import Emitter
+from tofu_fx.rewrite.rewriter import Rewriter
+from tofu_fx.rewrite.token_count_inputs import InputFakes, faking
 from tofu_fx.sites.residual import next_branch
 from tofu_fx.sites.site import Decline, Site
 

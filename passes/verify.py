@@ -18,8 +18,8 @@ from tofu_fx.compilation import Compilation
 from tofu_fx.errors import TofuError
 from tofu_fx.fx.autocast import Autocasts, is_region
 from tofu_fx.fx.fakes import compute
-from tofu_fx.inputs import fake_mode_of, faking
-from tofu_fx.strides import strides_of
+from tofu_fx.rewrite.strides import strides_of
+from tofu_fx.rewrite.token_count_inputs import fake_mode_of, faking
 
 
 class _Checked(Interpreter):

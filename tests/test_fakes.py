@@ -17,7 +17,7 @@ from tests.harness import study
 from tests.zoo import CATALOGUE
 from tofu_fx.fx import fakes
 from tofu_fx.fx.fakes import compute
-from tofu_fx.inputs import fake_mode_of, faking
+from tofu_fx.rewrite.token_count_inputs import fake_mode_of, faking
 
 aten = torch.ops.aten
 MODELS = [

@@ -18,10 +18,10 @@ from tofu_fx.compilation import Compilation
 from tofu_fx.dynamo import CONTROL_FLOW, compilations_of_last, is_ddp_bucket
 from tofu_fx.errors import OptionError, PassError, PlanError, TofuError, Unsupported
 from tofu_fx.fx.nodes import may_multiply
-from tofu_fx.inputs import carry_over, fake_mode_of
 from tofu_fx.pipeline import run_pipeline
 from tofu_fx.plan.flops import node_flops
 from tofu_fx.plan.options import Options
+from tofu_fx.rewrite.token_count_inputs import carry_over, fake_mode_of
 from tofu_fx.sites.guards import guarded
 from tofu_fx.summary import NOTHING, note, warn
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import tofu_fx.testing
-from tofu_fx.companions import Companions
-from tofu_fx.layout import aten
-from tofu_fx.metric import Metric
 from tofu_fx.ops import fuse, merging
-from tofu_fx.streams import Stream
+from tofu_fx.rewrite.companions import Companions
+from tofu_fx.rewrite.layout import aten
+from tofu_fx.rewrite.similarity import Metric
+from tofu_fx.rewrite.versions import Stream
 from tofu_fx.testing import Proofs, Spec, Undecided, prove
 from tofu_fx.testing.formulas import choose, merge, partners_of
 from tofu_fx.testing.strategies import made
@@ -111,12 +111,12 @@ def table_shifted(patch: pytest.MonkeyPatch) -> None:
 
 def no_log_size(patch: pytest.MonkeyPatch) -> None:
     """Attention takes a merged token for one."""
-    patch.setattr("tofu_fx.rewriter.attention_bias", lambda *_: None)
+    patch.setattr("tofu_fx.rewrite.rewriter.attention_bias", lambda *_: None)
 
 
 def unweighted_pool(patch: pytest.MonkeyPatch) -> None:
     """A mean over tokens takes a merged token for one."""
-    patch.setattr("tofu_fx.rewriter.weighted", lambda rewriter, node, value, newest: value)
+    patch.setattr("tofu_fx.rewrite.rewriter.weighted", lambda rewriter, node, value, newest: value)
 
 
 PLANTED: dict[Callable[[pytest.MonkeyPatch], None], tuple[Spec, set[str]]] = {

@@ -17,8 +17,8 @@ from tofu_fx.axes.atoms import Axes, Dim, dim_size
 from tofu_fx.axes.rules.table import find_rule, pointwise
 from tofu_fx.axes.tracer import AxisTracer
 from tofu_fx.fx.nodes import argument, is_op, tensor_inputs
-from tofu_fx.layout import Emitter, Layout, align, aten
-from tofu_fx.streams import Stream
+from tofu_fx.rewrite.layout import Emitter, Layout, align, aten
+from tofu_fx.rewrite.versions import Stream
 
 
 @dataclass

@@ -25,7 +25,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from tofu_fx.compilation import Compilation
 from tofu_fx.errors import Unsupported
-from tofu_fx.layout import Count
+from tofu_fx.rewrite.layout import Count
 from tofu_fx.sites.site import Site
 
 _COUNT = "tokens_"

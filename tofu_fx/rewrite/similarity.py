@@ -11,16 +11,16 @@ from torch.fx import Node
 
 from tofu_fx.axes.atoms import Atom, Axes, Barrier, Dim, token_atoms
 from tofu_fx.axes.tracer import AxisTracer
-from tofu_fx.companions import is_one, scores_dims
 from tofu_fx.fx.nodes import is_op, tensor_inputs
-from tofu_fx.layout import Layout, aten, shape_of
 from tofu_fx.plan.sketch import folds
+from tofu_fx.rewrite.companions import is_one, scores_dims
+from tofu_fx.rewrite.layout import Layout, aten, shape_of
+from tofu_fx.rewrite.versions import Stream
 from tofu_fx.sites.masks import FAR_BELOW
 from tofu_fx.sites.site import Site
-from tofu_fx.streams import Stream
 
 if TYPE_CHECKING:
-    from tofu_fx.rewriter import Rewriter
+    from tofu_fx.rewrite.rewriter import Rewriter
 
 
 def batch_of(tracer: AxisTracer, site: Site, axes: Axes) -> tuple[Atom, ...]:

@@ -19,17 +19,17 @@ from torch.fx.node import map_arg
 
 from tofu_fx.axes.atoms import Axes, Barrier, dim_size, hint, token_atoms, token_dim
 from tofu_fx.axes.tracer import AxisTracer
-from tofu_fx.companions import Companions
 from tofu_fx.compilation import Compilation
 from tofu_fx.fx.nodes import LITERAL, argument, is_op, tensor_inputs
-from tofu_fx.layout import Count, Emitter, Layout
-from tofu_fx.metric import Metric, batch_of
 from tofu_fx.plan.options import Match
 from tofu_fx.plan.sketch import folds
-from tofu_fx.proportional import attention_bias, biased_attention, biased_scores, weighted
+from tofu_fx.rewrite.companions import Companions
+from tofu_fx.rewrite.layout import Count, Emitter, Layout
+from tofu_fx.rewrite.similarity import Metric, batch_of
+from tofu_fx.rewrite.strides import as_traced
+from tofu_fx.rewrite.versions import SHUFFLE, Stream, Version
+from tofu_fx.rewrite.weights import attention_bias, biased_attention, biased_scores, weighted
 from tofu_fx.sites.site import Branch, Rehearsed, Site
-from tofu_fx.streams import SHUFFLE, Stream, Version
-from tofu_fx.strides import as_traced
 
 #: The version of a node: 0 with the tokens that were traced. A node of two streams (text that reads an image) is at a
 #: version of each: (number of the stream, its version) for both.

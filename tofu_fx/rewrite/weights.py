@@ -8,13 +8,13 @@ import torch
 from torch.fx import Node
 
 from tofu_fx.axes.atoms import Barrier, token_atoms
-from tofu_fx.companions import scores_dims
 from tofu_fx.fx.nodes import argument, is_op
-from tofu_fx.layout import Emitter, align, aten
+from tofu_fx.rewrite.companions import scores_dims
+from tofu_fx.rewrite.layout import Emitter, align, aten
 from tofu_fx.sites.masks import sides
 
 if TYPE_CHECKING:
-    from tofu_fx.rewriter import Rewriter
+    from tofu_fx.rewrite.rewriter import Rewriter
 
 
 def weighted(rewriter: Rewriter, node: Node, value: Any, newest: dict[int, int]) -> Any:

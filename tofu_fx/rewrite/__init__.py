@@ -1,0 +1,1 @@
+"""The graph written again, on fewer tokens."""
