@@ -31,7 +31,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import tofu_fx
-from tofu_fx.planning.timing import compile_variant, device_name, room_for_variants, time_calls
+from tofu_fx.calibration.timing import compile_variant, device_name, room_for_variants, time_calls
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "dense.json"

@@ -33,12 +33,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import tofu_fx
+from tofu_fx.calibration.batches import read_batches
+from tofu_fx.calibration.cost import CostModel, share_of_operations
+from tofu_fx.calibration.rehearsal import Choice, Choices
+from tofu_fx.calibration.trial import Trial
+from tofu_fx.calibration.uniform import UNIFORM, rows_of, uniform, uniform_plans
 from tofu_fx.plan.options import Match, Options
-from tofu_fx.planning.batches import read_batches
-from tofu_fx.planning.cost import CostModel, share_of_operations
-from tofu_fx.planning.rehearsal import Choice, Choices
-from tofu_fx.planning.trial import Trial
-from tofu_fx.planning.uniform import UNIFORM, rows_of, uniform, uniform_plans
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "quality.json"

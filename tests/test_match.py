@@ -9,9 +9,9 @@ import tofu_fx
 from tests.eager_reference import Reducer, reference_vit
 from tests.harness import MEANING_TOLERANCE, compiled, relative_error, same_bits, tensors
 from tests.zoo import ZOO
+from tofu_fx.calibration.batches import Batch
+from tofu_fx.calibration.trial import Trial
 from tofu_fx.plan.options import Options
-from tofu_fx.planning.batches import Batch
-from tofu_fx.planning.trial import Trial
 
 ROWS = [("mlerp", 6), ("prune", 5), ("mean", 4)]
 

@@ -15,8 +15,8 @@ from rich.console import Console
 
 import tofu_fx
 from tofu_fx import CalibrationError, Sweep, TofuError
-from tofu_fx.planning.timing import room_for_variants
-from tofu_fx.planning.uniform import UNIFORM
+from tofu_fx.calibration.timing import room_for_variants
+from tofu_fx.calibration.uniform import UNIFORM
 from tofu_fx.report import sweep as sweep_module
 
 BUDGETS = (0.75, 0.9)

@@ -3,10 +3,10 @@
 ``torch.compile(model, backend="tofu", options={"ratio": 0.5})`` is all most users need; nothing has to be imported.
 """
 
+from tofu_fx.calibration.calibrate import calibrate
 from tofu_fx.errors import CalibrationError, OptionError, PassError, PlanError, TofuError, TofuWarning, Unsupported
 from tofu_fx.plan.options import Options
 from tofu_fx.plan.plan import Plan
-from tofu_fx.planning.calibrate import calibrate
 from tofu_fx.report.explain import Explanation, explain
 from tofu_fx.report.sweep import Sweep, sweep
 from tofu_fx.report.tokens import token_groups

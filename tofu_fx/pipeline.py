@@ -59,7 +59,7 @@ def run_pipeline(
         example_inputs: what the graph is called with first, from Dynamo; attention behind a mask is declined without.
         skip: names of passes to leave out, for experiments.
         shared_kernels: make token counts inputs of the rewritten graph (see ``tofu_fx.rewrite.token_count_inputs``).
-        rehearse: do so on any device, and write what ``tofu_fx.planning.rehearsal`` needs.
+        rehearse: do so on any device, and write what ``tofu_fx.calibration.rehearsal`` needs.
         shuffle: shuffle the tokens at every matched site; with r = 0 at each, the outputs must stay the same.
 
     Raises:

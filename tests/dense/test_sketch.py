@@ -11,10 +11,10 @@ import torch
 
 import tofu_fx
 from tests.harness import compiled, same_bits
+from tofu_fx.calibration.batches import Batch
+from tofu_fx.calibration.trial import Trial
 from tofu_fx.plan import sketch
 from tofu_fx.plan.options import Options
-from tofu_fx.planning.batches import Batch
-from tofu_fx.planning.trial import Trial
 from tofu_fx.testing import prove
 
 ops, aten = torch.ops.tofu, torch.ops.aten

@@ -17,7 +17,7 @@ import tofu_fx
 from tests.harness import compiled, randomise, relative_error, same_bits, tensors
 from tests.zoo import ZOO
 from tofu_fx import Plan
-from tofu_fx.planning.uniform import uniform_plans
+from tofu_fx.calibration.uniform import uniform_plans
 
 ENTRY = ZOO["vit_avg_of_patches"]
 QUICK: dict[str, Any] = {"inner_backend": "eager", "progress": False}
@@ -301,7 +301,7 @@ def test_single_number_of_a_metric_counts_for_each_sample(model: nn.Module) -> N
 
 
 def test_interrupt_leaves_nothing_half_written(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tofu_fx.planning.tuning import Tuner
+    from tofu_fx.calibration.tune import Tuner
 
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import tofu_fx
 from tests.zoo.diffusion_catalogue import DIFFUSION_CASES
+from tofu_fx.calibration.uniform import uniform_plans
 from tofu_fx.errors import CalibrationError, TofuError
-from tofu_fx.planning.uniform import uniform_plans
 
 NAME = "UNet2DConditionModel, Stable Diffusion"
 

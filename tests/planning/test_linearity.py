@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from tests.zoo import ZOO
+from tofu_fx.calibration.batches import Batch
+from tofu_fx.calibration.linearity import STEPS, fractional_linearity, site_linearity, spread
+from tofu_fx.calibration.trial import Trial
 from tofu_fx.plan.options import Options
-from tofu_fx.planning.batches import Batch
-from tofu_fx.planning.linearity import STEPS, fractional_linearity, site_linearity, spread
-from tofu_fx.planning.trial import Trial
 
 GENERATOR = torch.Generator().manual_seed(0)
 X0, X1 = (torch.randn(3, 7, 5, generator=GENERATOR) for _ in range(2))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tofu_fx.planning.planner import Front, Stage, combine, search
+from tofu_fx.calibration.pareto import Front, Stage, combine, search
 
 
 @st.composite

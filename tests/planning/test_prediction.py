@@ -10,10 +10,10 @@ import numpy
 import pytest
 import torch
 
+from tofu_fx.calibration.output_error import METRICS, choose_metric, kl_divergence, relative_l2
+from tofu_fx.calibration.rehearsal import Choice
+from tofu_fx.calibration.sensitivity import Curve, Predictor, Sensitivity, first_kind, kinds
 from tofu_fx.plan.schedule import default_match
-from tofu_fx.planning.metrics import METRICS, choose_metric, kl_divergence, relative_l2
-from tofu_fx.planning.rehearsal import Choice
-from tofu_fx.planning.sensitivity import Curve, Predictor, Sensitivity, first_kind, kinds
 from tofu_fx.sites.site import Rehearsed, Site
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import tofu_fx
 from tofu_fx import CalibrationError
-from tofu_fx.planning.batches import Batch, read_batches
-from tofu_fx.planning.refusals import RefusedInput, describe, model_refusals
+from tofu_fx.calibration.batches import Batch, read_batches
+from tofu_fx.calibration.refusals import RefusedInput, describe, model_refusals
 
 QUICK: dict[str, Any] = {"inner_backend": "eager", "progress": False}
 

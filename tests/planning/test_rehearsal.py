@@ -15,12 +15,12 @@ import tofu_fx
 from tests.harness import compiled, randomise, relative_error, same_bits, tensors
 from tests.zoo import ZOO
 from tofu_fx import Plan
+from tofu_fx.calibration.batches import Batch, read_batches
+from tofu_fx.calibration.cost import CostModel, fit_weights
+from tofu_fx.calibration.rehearsal import Choice
+from tofu_fx.calibration.trial import Trial
+from tofu_fx.calibration.uniform import UNIFORM, rows_of, uniform_plans
 from tofu_fx.plan.options import Options
-from tofu_fx.planning.batches import Batch, read_batches
-from tofu_fx.planning.cost import CostModel, fit_weights
-from tofu_fx.planning.rehearsal import Choice
-from tofu_fx.planning.trial import Trial
-from tofu_fx.planning.uniform import UNIFORM, rows_of, uniform_plans
 
 # One of each kind of output, companion and layout; the others are the compiler's own tests.
 NAMES = ("vit_avg_of_patches", "dinov2_registers", "siglip", "beit", "eva02", "hf_vit", "relpos")

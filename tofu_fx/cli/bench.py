@@ -14,8 +14,8 @@ from tofu_fx.plan.options import Strategy
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from tofu_fx.calibration.batches import Batch
     from tofu_fx.cli.forms import Loaded
-    from tofu_fx.planning.batches import Batch
 
 BUDGETS = [0.9, 0.75, 0.6, 0.5]
 
@@ -102,9 +102,9 @@ def _bench(args: argparse.Namespace) -> Table:
     import torch
 
     from tofu_fx import Plan
-    from tofu_fx.planning.batches import read_batches
-    from tofu_fx.planning.progress import Progress
-    from tofu_fx.planning.refusals import model_refusals
+    from tofu_fx.calibration.batches import read_batches
+    from tofu_fx.calibration.progress import Progress
+    from tofu_fx.calibration.refusals import model_refusals
 
     options: dict[str, dict[str, Any]] = {str(path): {"plan": Plan.load(path)} for path in args.plan}
     for ratio in args.ratio or ([] if args.plan else [0.5]):
@@ -130,7 +130,7 @@ def _time(
     from rich.table import Table
     from rich.text import Text
 
-    from tofu_fx.planning.timing import call_with, compile_variant, device_name, room_for_variants, time_calls
+    from tofu_fx.calibration.timing import call_with, compile_variant, device_name, room_for_variants, time_calls
     from tofu_fx.report.explain import share_of_flops
 
     plain = f"plain {args.inner_backend}"

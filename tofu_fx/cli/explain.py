@@ -38,9 +38,9 @@ def _run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     import tofu_fx
+    from tofu_fx.calibration.batches import as_batch
+    from tofu_fx.calibration.refusals import model_refusals
     from tofu_fx.plan.options import Options
-    from tofu_fx.planning.batches import as_batch
-    from tofu_fx.planning.refusals import model_refusals
 
     keys = ("plan", "ratio", "r", "strategy", "match", "placement")
     given: dict[str, Any] = {key: getattr(args, key) for key in keys}

@@ -71,7 +71,7 @@ def read_inputs(args: argparse.Namespace, loaded: Loaded) -> Tensor | dict[str, 
 @contextmanager
 def named_refusals(args: argparse.Namespace) -> Iterator[None]:
     """Within it, the refusal of inputs by the model says where they come from."""
-    from tofu_fx.planning.refusals import RefusedInput
+    from tofu_fx.calibration.refusals import RefusedInput
 
     try:
         yield

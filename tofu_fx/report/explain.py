@@ -13,11 +13,11 @@ from rich.text import Text
 from torch.fx import GraphModule
 
 from tofu_fx.backend import Outcome, refuse_pipeline, rewrite, run_once
+from tofu_fx.calibration.batches import Batch
 from tofu_fx.plan.counts import stream_of
 from tofu_fx.plan.flops import count_flops
 from tofu_fx.plan.options import Options
 from tofu_fx.plan.plan import Plan, PlanRow
-from tofu_fx.planning.batches import Batch
 from tofu_fx.sites.site import Site
 from tofu_fx.summary import summarise
 from tofu_fx.wording import printable

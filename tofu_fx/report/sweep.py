@@ -16,17 +16,17 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from tofu_fx.calibration.batches import Batch, device_of, read_batches
+from tofu_fx.calibration.calibrate import Target, calibrate
+from tofu_fx.calibration.output_error import OutputError, choose_metric
+from tofu_fx.calibration.progress import Progress
+from tofu_fx.calibration.refusals import RefusedInput, model_refusals
+from tofu_fx.calibration.timing import call_with, compile_variant, device_name, room_for_variants, time_calls
+from tofu_fx.calibration.trial import Trial
+from tofu_fx.calibration.uniform import UNIFORM, uniform_plans
 from tofu_fx.errors import CalibrationError, TofuError
 from tofu_fx.plan.options import Options
 from tofu_fx.plan.plan import Plan
-from tofu_fx.planning.batches import Batch, device_of, read_batches
-from tofu_fx.planning.calibrate import Target, calibrate
-from tofu_fx.planning.metrics import OutputError, choose_metric
-from tofu_fx.planning.progress import Progress
-from tofu_fx.planning.refusals import RefusedInput, model_refusals
-from tofu_fx.planning.timing import call_with, compile_variant, device_name, room_for_variants, time_calls
-from tofu_fx.planning.trial import Trial
-from tofu_fx.planning.uniform import UNIFORM, uniform_plans
 from tofu_fx.report.explain import share_of_flops
 from tofu_fx.report.figure import GREY, INK, new_figure, save_figure
 from tofu_fx.wording import printable

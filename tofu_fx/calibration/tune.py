@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy
 
-from tofu_fx.planning.cost import CostModel, share_of_operations
-from tofu_fx.planning.planner import Front, Stage, combine, search
-from tofu_fx.planning.rehearsal import Choice, Choices
-from tofu_fx.planning.sensitivity import Kind, Predictor
-from tofu_fx.planning.survey import Survey
-from tofu_fx.planning.trial import Trial
+from tofu_fx.calibration.cost import CostModel, share_of_operations
+from tofu_fx.calibration.pareto import Front, Stage, combine, search
+from tofu_fx.calibration.rehearsal import Choice, Choices
+from tofu_fx.calibration.sensitivity import Kind, Predictor
+from tofu_fx.calibration.survey import Survey
+from tofu_fx.calibration.trial import Trial
 from tofu_fx.sites.site import Site
 
 #: plans that are within this share of the least predicted loss are equal: the one with fewer token counts is taken

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from tofu_fx.calibration.batches import Batch
 from tofu_fx.errors import CalibrationError, TofuError
-from tofu_fx.planning.batches import Batch
 from tofu_fx.wording import printable, shortened, shown
 
 

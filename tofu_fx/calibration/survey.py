@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
+from tofu_fx.calibration.batches import Batch, device_of
+from tofu_fx.calibration.cost import CostModel, count_operations, fit_weights
+from tofu_fx.calibration.linearity import site_linearity, spread
+from tofu_fx.calibration.output_error import METRICS, OutputError, choose_metric
+from tofu_fx.calibration.progress import Progress
+from tofu_fx.calibration.rehearsal import Choice, Choices
+from tofu_fx.calibration.sensitivity import Sensitivity, candidates, first_kind
+from tofu_fx.calibration.timing import time_calls
+from tofu_fx.calibration.trial import Trial
 from tofu_fx.errors import CalibrationError
 from tofu_fx.plan.plan import Spread
-from tofu_fx.planning.batches import Batch, device_of
-from tofu_fx.planning.cost import CostModel, count_operations, fit_weights
-from tofu_fx.planning.linearity import site_linearity, spread
-from tofu_fx.planning.metrics import METRICS, OutputError, choose_metric
-from tofu_fx.planning.progress import Progress
-from tofu_fx.planning.rehearsal import Choice, Choices
-from tofu_fx.planning.sensitivity import Sensitivity, candidates, first_kind
-from tofu_fx.planning.timing import time_calls
-from tofu_fx.planning.trial import Trial
 
 #: of the inputs, about as many are used to measure single sites; whole plans are measured on all
 SITE_SAMPLES = 16

@@ -7,17 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from tofu_fx.calibration.batches import device_of
+from tofu_fx.calibration.cost import CostModel
+from tofu_fx.calibration.rehearsal import Choice, Choices
+from tofu_fx.calibration.sensitivity import Curve, Kind, Predictor, Sensitivity, first_kind, kinds
+from tofu_fx.calibration.survey import Survey
+from tofu_fx.calibration.target import Target
+from tofu_fx.calibration.tune import Tuner
+from tofu_fx.calibration.uniform import UNIFORM, uniform
 from tofu_fx.errors import CalibrationError
 from tofu_fx.plan.plan import Figures
 from tofu_fx.plan.schedule import DEFAULT_RATIO, spread
-from tofu_fx.planning.batches import device_of
-from tofu_fx.planning.cost import CostModel
-from tofu_fx.planning.rehearsal import Choice, Choices
-from tofu_fx.planning.sensitivity import Curve, Kind, Predictor, Sensitivity, first_kind, kinds
-from tofu_fx.planning.survey import Survey
-from tofu_fx.planning.target import Target
-from tofu_fx.planning.tuning import Tuner
-from tofu_fx.planning.uniform import UNIFORM, uniform
 
 Policy = Literal["auto", "sensitivity", "linearity"]
 

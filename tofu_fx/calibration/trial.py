@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule
 
+from tofu_fx.calibration.batches import Batch
+from tofu_fx.calibration.refusals import model_refusals
+from tofu_fx.calibration.rehearsal import Choices, Rehearsal, Snapshot
+from tofu_fx.calibration.timing import room_for_variants
 from tofu_fx.errors import CalibrationError, PassError, Unsupported
 from tofu_fx.plan.counts import Passage, streams, walk
 from tofu_fx.plan.flops import count_flops
 from tofu_fx.plan.options import Options
-from tofu_fx.planning.batches import Batch
-from tofu_fx.planning.refusals import model_refusals
-from tofu_fx.planning.rehearsal import Choices, Rehearsal, Snapshot
-from tofu_fx.planning.timing import room_for_variants
 from tofu_fx.sites.site import Rehearsed, Site
 
 

@@ -17,9 +17,9 @@ import numpy
 import sympy
 import torch
 
+from tofu_fx.calibration.rehearsal import Choices, Rehearsal
+from tofu_fx.calibration.sensitivity import free_tokens
 from tofu_fx.plan.flops import matching_flops, node_bytes, node_flops
-from tofu_fx.planning.rehearsal import Choices, Rehearsal
-from tofu_fx.planning.sensitivity import free_tokens
 
 #: token counts behind a site, or one of them
 Counts = numpy.ndarray[Any, Any]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tofu_fx.planning.batches import Batch
+from tofu_fx.calibration.batches import Batch
 
 
 @dataclass(frozen=True)

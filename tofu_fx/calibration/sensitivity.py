@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy
 
+from tofu_fx.calibration.rehearsal import Choice
 from tofu_fx.plan.counts import walk
 from tofu_fx.plan.schedule import default_match
-from tofu_fx.planning.rehearsal import Choice
 from tofu_fx.sites.site import Rehearsed, Site
 
 #: shares of a site's free tokens that are removed to measure its error curve; half is the most that can go at once

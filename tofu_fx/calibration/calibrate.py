@@ -14,20 +14,20 @@ from typing import Any, Literal, get_args
 import torch
 
 from tofu_fx.backend import refuse_pipeline
+from tofu_fx.calibration.batches import device_of, read_batches
+from tofu_fx.calibration.decide import ATTEMPTS, PASSES, Decider, Decision, Policy, finite
+from tofu_fx.calibration.linearity import STEPS
+from tofu_fx.calibration.progress import Progress
+from tofu_fx.calibration.rehearsal import Choice, Choices
+from tofu_fx.calibration.sensitivity import candidates
+from tofu_fx.calibration.survey import Survey
+from tofu_fx.calibration.target import Target
+from tofu_fx.calibration.timing import call_with, compile_variant, device_name, room_for_variants, time_calls
+from tofu_fx.calibration.trial import Trial
+from tofu_fx.calibration.uniform import rows_of
 from tofu_fx.errors import CalibrationError, TofuWarning
 from tofu_fx.plan.options import Options
 from tofu_fx.plan.plan import Calibration, Plan, PlanRow
-from tofu_fx.planning.batches import device_of, read_batches
-from tofu_fx.planning.deciding import ATTEMPTS, PASSES, Decider, Decision, Policy, finite
-from tofu_fx.planning.linearity import STEPS
-from tofu_fx.planning.progress import Progress
-from tofu_fx.planning.rehearsal import Choice, Choices
-from tofu_fx.planning.sensitivity import candidates
-from tofu_fx.planning.survey import Survey
-from tofu_fx.planning.target import Target
-from tofu_fx.planning.timing import call_with, compile_variant, device_name, room_for_variants, time_calls
-from tofu_fx.planning.trial import Trial
-from tofu_fx.planning.uniform import rows_of
 
 InnerBackend = Literal["inductor", "aot_eager", "eager"]
 

@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from tofu_fx.calibration.batches import read_batches
+from tofu_fx.calibration.cost import count_operations, share_of_operations
+from tofu_fx.calibration.rehearsal import Choice, Choices
+from tofu_fx.calibration.sensitivity import Kind, first_kind
+from tofu_fx.calibration.trial import Trial
 from tofu_fx.plan.options import Options
 from tofu_fx.plan.plan import Plan, PlanRow
 from tofu_fx.plan.schedule import default_match
-from tofu_fx.planning.batches import read_batches
-from tofu_fx.planning.cost import count_operations, share_of_operations
-from tofu_fx.planning.rehearsal import Choice, Choices
-from tofu_fx.planning.sensitivity import Kind, first_kind
-from tofu_fx.planning.trial import Trial
 
 #: name -> the kind of reduction for a site's depth among so many layers
 UNIFORM: Mapping[str, Callable[[int, int], Kind]] = {

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tofu_fx.calibration.rehearsal import Choice, Rehearsal, Snapshot
 from tofu_fx.plan.plan import Spread
 from tofu_fx.plan.schedule import default_match
-from tofu_fx.planning.rehearsal import Choice, Rehearsal, Snapshot
 from tofu_fx.sites.site import Rehearsed
 
 #: N, the pieces that the way from X0 to X1 is cut into

@@ -1,1 +1,0 @@
-"""Deciding: sites, plans, and the schedule that turns options into numbers."""
