@@ -112,6 +112,13 @@ def test_a_right_compiler_passes(case: Case) -> None:
     assert verdict.reduced
 
 
+def test_padding_is_read_from_weights_before_batch_and_heads_become_one_dim() -> None:
+    """Found by seed 101, case 14: the interpreter read the weights of a product of matrices as ``[B, H, N, N]``."""
+    verdict = check(Case(Spec(attention="baddbmm", mask="finite", prefix=0, pooling="mean", depth=1), batch=1))
+    assert not verdict.failure
+    assert verdict.reduced
+
+
 def test_a_fault_in_the_compiler_is_found_and_made_simple(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rewriter, "attention_bias", lambda *args: None)  # log(size) is forgotten
 

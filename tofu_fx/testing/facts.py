@@ -90,7 +90,9 @@ def _attended(tracer: AxisTracer, site: Site, run: Atom, samples: tuple[Atom, ..
         axes: Axes = (*tracer.of(attention.node)[:-2], q[-2], k[-2])
         place, node = len(axes) - 1, attention.node
     else:
-        axes, node = tracer.of(attention.softmax), attention.after[-1] if attention.after else attention.softmax
+        axes = tracer.of(attention.softmax)
+        # The last that still has the softmax's dims: the products of bmm and baddbmm have batch and heads in one.
+        node = next((n for n in reversed(attention.after) if tracer.of(n) == axes), attention.softmax)
         place = attention.softmax_dim % len(axes)
     where = _where(axes, place, samples, key.where.tokens.ahead)
     return query, key, Vectors(node.name, where, place, fused=is_op(node, "scaled_dot_product_attention"))
