@@ -38,7 +38,8 @@ from tofu_fx.calibration.cost import CostModel, share_of_operations
 from tofu_fx.calibration.rehearsal import Choice, Choices
 from tofu_fx.calibration.trial import Trial
 from tofu_fx.calibration.uniform import UNIFORM, rows_of, uniform, uniform_plans
-from tofu_fx.plan.options import Match, Options
+from tofu_fx.plan.options import Options
+from tofu_fx.plan.words import Match
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "quality.json"

@@ -45,7 +45,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from tofu_fx.errors import TofuError
-from tofu_fx.report.figure import new_figure, save_figure
+from tofu_fx.plan.figure import new_figure, save_figure
 
 METHODS = ("tofu", "tomesd")
 STRATEGIES = ("auto", "prune", "mean", "mlerp")

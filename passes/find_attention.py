@@ -8,18 +8,20 @@ not features. That tells it from channel attention (its "tokens" are features), 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 
 from torch.fx import Node
 
 from tofu_fx.axes.atoms import Atom, Axes, Barrier, Dim, dim_size, hint
 from tofu_fx.axes.rules.table import find_rule
 from tofu_fx.axes.tracer import AxisTracer, trace
-from tofu_fx.compilation import Compilation
+from tofu_fx.compilation import Analysed, Lowered
 from tofu_fx.fx.nodes import argument, is_op, module_path
 from tofu_fx.sites.attention import OPAQUE, find_attentions, find_comparisons
 from tofu_fx.sites.guards import Guard
 from tofu_fx.sites.masks import Masks
-from tofu_fx.sites.site import Attention, Decline, Site
+from tofu_fx.sites.site import Attention, Decline, Declined, Found, Site, advanced
 
 _LINEAR = "linear attention: it sums over all tokens once and compares no two, so that fewer of them save little"
 _MASKED = {
@@ -29,36 +31,35 @@ _MASKED = {
 }
 
 
-def find_attention(compilation: Compilation) -> None:
-    """Fill ``compilation.attentions`` and ``compilation.sites``; set ``compilation.axes`` to the plain axes."""
-    graph = compilation.gm.graph
-    tracer = trace(lambda space: AxisTracer(graph, find_rule, compilation.model_state, space=space))
-    compilation.axes = tracer
-    compilation.attentions = list(find_attentions(tracer))
-    compilation.attentions += find_comparisons(tracer, compilation.attentions)
-    masks = Masks(compilation.gm, compilation.model_state, tracer.depends, compilation.example_inputs)
-    linear = _find_linear(compilation, tracer)
-    order = {node: i for i, node in enumerate(graph.nodes)}
+def find_attention(graph: Lowered) -> Analysed:
+    """Find every attention, and the axes of the graph; judge which attentions are sites."""
+    tracer = trace(lambda space: AxisTracer(graph.gm.graph, find_rule, graph.model_state, space=space))
+    attentions = list(find_attentions(tracer))
+    attentions += find_comparisons(tracer, attentions)
+    masks = Masks(graph.gm, graph.model_state, tracer.depends, graph.example_inputs)
+    linear = _find_linear(graph, attentions, tracer)
+    order = {node: i for i, node in enumerate(graph.gm.graph.nodes)}
     names: Counter[str] = Counter()
-    for attention in sorted([*compilation.attentions, *linear], key=lambda attention: order[attention.node]):
-        compilation.at = attention.node
+    sites: list[Site] = []
+    guards: dict[str, Guard] = {}
+    for attention in sorted([*attentions, *linear], key=lambda attention: order[attention.node]):
+        graph.at.node = attention.node
         path = module_path(attention.node)
         name = path or "attention"
         names[name] += 1
         unique = f"{name}#{names[name]}" if names[name] > 1 else name
-        site = _site(tracer, masks, attention, unique, path, compilation.guards)
-        site.decline = attention.unrecognised or site.decline
-        if attention in linear:
-            site.decline = Decline(_LINEAR, attention.node)
-        compilation.sites.append(site)
+        site = _site(tracer, masks, attention, unique, path, guards)
+        decline = Decline(_LINEAR, attention.node) if attention in linear else attention.unrecognised
+        sites.append(site if decline is None else Declined(site.site if isinstance(site, Declined) else site, decline))
+    return advanced(Analysed, graph, plain=tracer, attentions=tuple(attentions), sites=tuple(sites), guards=guards)
 
 
-def _find_linear(compilation: Compilation, tracer: AxisTracer) -> list[Attention]:
+def _find_linear(graph: Lowered, attentions: Sequence[Attention], tracer: AxisTracer) -> list[Attention]:
     """Products that sum keys and values over all tokens: linear attention, which never compares two tokens."""
-    known = {node for a in compilation.attentions for node in (a.node, a.scores)}
+    known = {node for a in attentions for node in (a.node, a.scores)}
     compared: set[Node] = set()  # the weights that come of comparing two tokens, up to the next product
     found = []
-    for node in compilation.gm.graph.nodes:
+    for node in graph.gm.graph.nodes:
         if not is_op(node, "matmul", "bmm"):
             if not is_op(node, "linear") and any(value in compared for value in node.all_input_nodes):
                 compared.add(node)
@@ -81,12 +82,12 @@ def _find_linear(compilation: Compilation, tracer: AxisTracer) -> list[Attention
 
 def _site(
     tracer: AxisTracer, masks: Masks, attention: Attention, name: str, path: str, guards: dict[str, Guard]
-) -> Site:
+) -> Found | Declined:
     queries = tracer.of(attention.query)[attention.query_tokens]
     keys = tracer.of(attention.key)[attention.key_tokens]
     heads = _heads(tracer, attention)
     width = dim_size(tracer.of(attention.key)[attention.key_features])
-    site = Site(name, path, attention, dim_size(queries), heads, heads * width)
+    site = Found(name, path, attention, dim_size(queries), heads, heads * width)
     reason = _reason(tracer, attention, queries, keys)
     if reason is None:
         own, read = tracer.space.flat(queries), tracer.space.flat(keys)
@@ -99,9 +100,9 @@ def _site(
             guard = masks.state_guard(attention, site.tokens, ahead)
         if guard is not None:
             guards[name] = guard
-        site.padding, reason = hides == "keys", _MASKED.get(hides)
+        site, reason = replace(site, padding=hides == "keys"), _MASKED.get(hides)
     if reason:
-        site.decline, site.tokens = Decline(reason, attention.node), dim_size(keys)
+        return Declined(replace(site, tokens=dim_size(keys)), Decline(reason, attention.node))
     return site
 
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from tofu_fx.compilation import Compilation
-from tofu_fx.fx.nodes import argument, copy_graph, graph_module, is_alias, is_op
+from tofu_fx.compilation import Lowered
+from tofu_fx.fx.nodes import argument, is_alias, is_op
 
 #: their twins return flags, where in place they keep the dtype
 _FLAGS = {
@@ -28,15 +28,15 @@ _FLAGS = {
 }
 
 
-def functionalize_inplace(compilation: Compilation) -> None:
-    """Rewrite the in-place ops of ``compilation.gm`` that have a functional twin and a private target."""
-    graph = compilation.gm.graph
+def functionalize_inplace(lowered: Lowered) -> Lowered:
+    """Rewrite the in-place ops of the graph that have a functional twin and a private target."""
+    graph = lowered.gm.graph
     place = {node: i for i, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
         twin = _functional_twin(node)
         if twin is None:
             continue
-        compilation.at = node
+        lowered.at.node = node
         target = node.args[0]
         assert isinstance(target, Node)
         if is_op(node, "copy_") and is_op(target, "slice"):
@@ -48,8 +48,8 @@ def functionalize_inplace(compilation: Compilation) -> None:
         for user in list(target.users):
             if place[user] > place[node]:
                 user.replace_input_with(target, node)
-    compilation.gm.recompile()
-    compilation.before = graph_module(compilation.gm, copy_graph(graph))
+    lowered.gm.recompile()
+    return lowered
 
 
 def _functional_twin(node: Node) -> torch._ops.OpOverload | None:

@@ -18,24 +18,25 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tofu_fx.compilation import Compilation
+from tofu_fx.compilation import Captured, Lowered
 from tofu_fx.errors import Unsupported
 from tofu_fx.fx.autocast import Autocasts
 from tofu_fx.fx.held import fake_of, lift_tensors, put_back
 from tofu_fx.fx.nodes import is_impure, source_line
 from tofu_fx.fx.recorder import record
 from tofu_fx.fx.spellings import respell
+from tofu_fx.sites.site import advanced
 
 
-def lower_to_aten(compilation: Compilation) -> None:
-    """Replace ``compilation.gm`` by its ATen form; placeholders keep their order and Dynamo's notes.
+def lower_to_aten(graph: Captured) -> Lowered:
+    """The graph in its ATen form; placeholders keep their order and Dynamo's notes.
 
     Raises:
         Unsupported: for higher-order ops (activation checkpointing, autograd.Function, flex_attention, cond): inlining
             them would lose what they are for, or give wrong gradients. For the transforms of torch.func (vmap, grad,
             jvp), inside of which tensors are wrapped.
     """
-    traced = compilation.gm
+    traced = graph.gm
     _refuse_what_cannot_be_inlined(traced)
     before = traced.graph.find_nodes(op="placeholder")
     lifted, held = lift_tensors(traced)
@@ -53,12 +54,12 @@ def lower_to_aten(compilation: Compilation) -> None:
     after = lowered.graph.find_nodes(op="placeholder")
     for old, new in zip(before, after, strict=True):
         _carry_over(old, new)
-    compilation.model_state = frozenset(new for old, new in zip(before, after, strict=True) if _is_state(old))
+    state = frozenset(new for old, new in zip(before, after, strict=True) if _is_state(old))
     lowered.graph.eliminate_dead_code(is_impure_node=is_impure)
     respell(lowered.graph)
     outputs, _ = torch.utils._pytree.tree_flatten(lowered.graph.output_node().args[0])
-    compilation.traced_outputs = [out.meta.get("val") if isinstance(out, Node) else out for out in outputs]
-    compilation.gm = lowered
+    made = tuple(out.meta.get("val") if isinstance(out, Node) else out for out in outputs)
+    return advanced(Lowered, graph, gm=lowered, model_state=state, traced_outputs=made)
 
 
 def _refuse_what_cannot_be_inlined(traced: GraphModule) -> None:
@@ -115,7 +116,7 @@ def _carry_over(old: Node, new: Node) -> None:
     new.target = old.target
     # DistributedDataParallel's buckets have inputs without a source; AOTAutograd wants the attribute all the same.
     if hasattr(old, "_dynamo_source"):
-        new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+        new._dynamo_source = old._dynamo_source
 
 
 def _is_state(node: Node) -> bool:

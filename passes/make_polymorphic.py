@@ -13,39 +13,45 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
-from tofu_fx.passes.insert_reductions import give_up_streams
+from tofu_fx.passes.giving_up import given_up
 from torch.fx import Graph, Node
 
 from tofu_fx.axes.atoms import Axes, Barrier, Dim, dim_size, hint, token_atoms
 from tofu_fx.axes.tracer import AxisTracer, BarrierRecord
-from tofu_fx.compilation import Compilation
+from tofu_fx.compilation import Scheduled
 from tofu_fx.fx.nodes import LITERAL, argument, is_op, set_argument, tensor_inputs
 
 _END = 2**63 - 1
 _SHAPED = {"view": "size", "reshape": "shape", "_unsafe_view": "size", "unflatten": "sizes"}
 
 
-def make_polymorphic(compilation: Compilation) -> None:
-    """Rewrite the literals of every node that carries tokens; placeholders, outputs and barriers are untouched."""
-    tracer = compilation.traced
-    barriers = {barrier.node for barrier in compilation.barriers}
-    for node in list(compilation.gm.graph.nodes):
+def make_polymorphic(graph: Scheduled) -> Scheduled:
+    """Rewrite the literals of every node that carries tokens; placeholders, outputs and barriers are untouched.
+
+    What cannot be rewritten is a barrier that the axes did not foresee: it is added to those of the graph, and where
+    whole tokens cannot serve it the sites of its streams are declined.
+    """
+    tracer, barriers = graph.axes, list(graph.barriers)
+    known, sites = {barrier.node for barrier in barriers}, graph.sites
+    for node in list(graph.gm.graph.nodes):
         # Where a stream starts the node itself still has all of its tokens.
         carried = any(tracer.tokens(value) for value in tensor_inputs(node))
-        if node.op != "call_function" or node in barriers or not carried:
+        if node.op != "call_function" or node in known or not carried:
             continue
-        compilation.at = node
+        graph.at.node = node
         try:
             _follow_tokens(tracer, node)
         except Barrier as barrier:
             values = tuple(value for value in tensor_inputs(node) if tracer.tokens(value))
-            compilation.barriers.append(BarrierRecord(node, str(barrier), values))
+            barriers.append(BarrierRecord(node, str(barrier), values))
             if tracer.is_fatal(node, values):
-                give_up_streams(compilation, str(barrier))
-    compilation.gm.recompile()
+                sites = given_up(replace(graph, sites=sites), str(barrier))
+    graph.gm.recompile()
+    return replace(graph, sites=sites, barriers=tuple(barriers))
 
 
 def _follow_tokens(tracer: AxisTracer, node: Node) -> None:
@@ -85,7 +91,7 @@ def _maker(graph: Graph, node: Node) -> Callable[..., Any]:
 
 def _shape_literals(tracer: AxisTracer, node: Node) -> None:
     name = _SHAPED[node.target._schema.name.split("::")[-1]]  # type: ignore[union-attr]
-    entries = list(argument(node, name))  # type: ignore[arg-type]
+    entries = list(argument(node, name))
     out: Axes = tracer.of(node)
     if is_op(node, "unflatten"):
         first = int(argument(node, "dim")) % len(tracer.of(node.args[0]))
@@ -158,7 +164,7 @@ def _split_literals(tracer: AxisTracer, node: Node) -> None:
     dim = int(argument(node, "dim")) % len(axes)
     if not _has(axes[dim]):
         return
-    sizes = list(argument(node, "split_sizes"))  # type: ignore[arg-type]
+    sizes = list(argument(node, "split_sizes"))
     make = _maker(tracer.graph, node)
     count = make(torch.ops.aten.sym_size.int, node.args[0], dim)
     for i, part in enumerate(tracer.axes[node]):

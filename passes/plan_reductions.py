@@ -1,14 +1,16 @@
-"""Decide for every matched site how many tokens go, and how: from the options, or from a saved plan.
+"""Decide for every placed site how many tokens go, and how: from the options, or from a plan.
 
-Changes nothing in the graph.
+Before: a site is placed. After: it is planned. Changes nothing in the graph.
 """
 
 from __future__ import annotations
 
-from tofu_fx.compilation import Compilation
+from tofu_fx.compilation import Followed, Scheduled
 from tofu_fx.plan.schedule import schedule
+from tofu_fx.sites.site import advanced
 
 
-def plan_reductions(compilation: Compilation) -> None:
-    """Set ``strategy``, ``r``, ``tokens_in`` and ``tokens_out`` of the matched sites."""
-    schedule(compilation.sites, compilation.options)
+def plan_reductions(graph: Followed) -> Scheduled:
+    """Plan the sites that are placed."""
+    decided = {site.id: site for site in schedule(graph.placed, graph.options)}
+    return advanced(Scheduled, graph, sites=tuple(decided.get(site.id, site) for site in graph.sites))

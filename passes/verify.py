@@ -8,18 +8,20 @@ reduced stream there are all of its samples. Changes nothing in the graph.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.fx import Interpreter, Node
 
 from tofu_fx.axes.atoms import hint
-from tofu_fx.compilation import Compilation
+from tofu_fx.compilation import Cursor, Followed
 from tofu_fx.errors import TofuError
 from tofu_fx.fx.autocast import Autocasts, is_region
 from tofu_fx.fx.fakes import compute
 from tofu_fx.rewrite.strides import strides_of
 from tofu_fx.rewrite.token_count_inputs import fake_mode_of, faking
+
+S = TypeVar("S", bound=Followed)
 
 
 class _Checked(Interpreter):
@@ -29,11 +31,11 @@ class _Checked(Interpreter):
     a noted value no longer says that.
     """
 
-    compilation: Compilation
+    cursor: Cursor
     regions: Autocasts
 
     def run_node(self, n: Node) -> Any:
-        self.compilation.at = n
+        self.cursor.node = n
         if is_region(n):
             self.regions.visit(n)
             return None
@@ -49,33 +51,34 @@ class _Checked(Interpreter):
         return compute(target, args, kwargs)
 
 
-def verify(compilation: Compilation) -> None:
+def verify(graph: S) -> S:
     """Raise TofuError where an output is not what was traced, or where samples of a reduced stream have met."""
-    gm = compilation.gm
-    _check_samples(compilation)
+    gm = graph.gm
+    _check_samples(graph)
     fakes = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
     interpreter = _Checked(gm)
-    interpreter.compilation = compilation
+    interpreter.cursor = graph.at
     with faking(fake_mode_of(gm)), Autocasts() as interpreter.regions:
         outputs = interpreter.run(*fakes)
     flat, _ = torch.utils._pytree.tree_flatten(outputs)
     noted, _ = torch.utils._pytree.tree_flatten(gm.graph.output_node().args[0])
-    if len(flat) != len(compilation.traced_outputs):
-        raise TofuError(f"{len(flat)} outputs, {len(compilation.traced_outputs)} were traced")
-    for i, (now, node, traced) in enumerate(zip(flat, noted, compilation.traced_outputs, strict=True)):
+    if len(flat) != len(graph.traced_outputs):
+        raise TofuError(f"{len(flat)} outputs, {len(graph.traced_outputs)} were traced")
+    for i, (now, node, traced) in enumerate(zip(flat, noted, graph.traced_outputs, strict=True)):
         if not isinstance(traced, torch.Tensor):
             continue
         # Where the layout depends on the kernel that attention will choose, the noted value and this one differ in it.
         known = not isinstance(node, Node) or _form(node.meta["val"]) == _form(now)
         if _form(now)[: None if known else 3] != _form(traced)[: None if known else 3]:
             raise TofuError(f"output {i} is {_form(now)}, was traced as {_form(traced)}")
+    return graph
 
 
-def _check_samples(compilation: Compilation) -> None:
+def _check_samples(graph: Followed) -> None:
     """What has a stream's tokens has its samples, each once and in order: whatever a rule said of the ops between."""
-    tracer = compilation.traced
+    tracer = graph.axes
     for node in tracer.axes:
-        compilation.at = node
+        graph.at.node = node
         for part in tracer.parts(node):
             tracer.samples.check(part)
 

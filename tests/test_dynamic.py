@@ -13,9 +13,10 @@ from tests.eager_reference import Reducer, reference_vit
 from tests.harness import EAGER, MEANING_TOLERANCE, plan_rows, randomise, relative_error
 from tests.zoo import ZOO
 from tofu_fx.backend import rewrite, tofu
-from tofu_fx.pipeline import run_pipeline
+from tofu_fx.pipeline import run_passes, without
 from tofu_fx.plan.options import Options
 from tofu_fx.plan.plan import Plan
+from tofu_fx.testing.shuffle import Shuffler
 
 
 @pytest.fixture(autouse=True)
@@ -78,9 +79,9 @@ def test_permutation_holds_in_a_graph_with_a_symbolic_batch(name: str) -> None:
     model = entry.model()
 
     def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
-        compilation = run_pipeline(gm, Options.parse({**EAGER, "r": 1}), inputs, skip=("insert_reductions",))
+        compilation = run_passes(without("insert_reductions"), gm, Options.parse({**EAGER, "r": 1}), inputs)
         plan = Plan(sites=plan_rows(compilation, r=0, strategy="prune"))
-        shuffled = rewrite(gm, Options.parse({**EAGER, "plan": plan}), inputs, shuffle=True).compilation
+        shuffled = rewrite(gm, Options.parse({**EAGER, "plan": plan}), inputs, reducer=Shuffler()).compilation
         assert shuffled is not None
         assert len(shuffled.reducing) == entry.sites
         return shuffled.gm

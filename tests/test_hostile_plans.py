@@ -17,7 +17,7 @@ from rich.console import Console
 from tofu_fx import OptionError, Options, Plan, PlanError
 from tofu_fx.plan.options import EXPECTED as OPTIONS
 from tofu_fx.plan.plan import EXPECTED as KEYS
-from tofu_fx.plan.plan import PlanRow
+from tofu_fx.plan.records import PlanRow
 from tofu_fx.report.explain import Explanation, GraphReport, SiteRow
 from tofu_fx.wording import printable, shortened, shown
 

@@ -13,9 +13,9 @@ import tofu_fx  # noqa: F401
 from tests.harness import EAGER, same_bits, study
 from tests.zoo import ZOO
 from tofu_fx import PassError, TofuError, pipeline
-from tofu_fx.compilation import Compilation
+from tofu_fx.compilation import Compilation, Scheduled
 from tofu_fx.fx.nodes import is_op
-from tofu_fx.pipeline import PASSES, run_pipeline
+from tofu_fx.pipeline import PASSES, run_passes, run_pipeline, without
 from tofu_fx.plan.options import Options
 
 NAMES = [p.__name__ for p in PASSES]
@@ -27,7 +27,7 @@ def run(model: Any, *inputs: Any, skip: tuple[str, ...] = (), **options: Any) ->
 
     def backend(gm: GraphModule, _: Any) -> Any:
         before = gm.code
-        compilation = run_pipeline(gm, Options.parse({**EAGER, **options}), skip=skip)
+        compilation = run_passes(without(*skip), gm, Options.parse({**EAGER, **options}))
         assert gm.code == before
 
         def call(*args: Any) -> Any:
@@ -69,7 +69,7 @@ def test_shared_kernels_have_one_fake_mode(name: str) -> None:
 
 def test_unknown_pass_cannot_be_skipped() -> None:
     with pytest.raises(TofuError, match="unknown pass to skip: find_streems"):
-        run_pipeline(GraphModule(nn.Module(), torch.fx.Graph()), Options(), skip=("find_streems",))
+        without("find_streems")
 
 
 def test_lowering_gives_aten_ops_with_values_paths_and_lines() -> None:
@@ -122,7 +122,7 @@ def test_functionalising_keeps_the_values_and_only_touches_what_nobody_else_sees
     compilation: list[Compilation] = []
 
     def backend(gm: GraphModule, _: Any) -> Any:
-        compilation.append(run_pipeline(gm, Options.parse(EAGER), skip=later))
+        compilation.append(run_passes(without(*later), gm, Options.parse(EAGER)))
         return compilation[0].gm
 
     torch._dynamo.reset()
@@ -138,7 +138,7 @@ def test_functionalising_keeps_the_values_and_only_touches_what_nobody_else_sees
 def test_polymorphic_graph_has_no_token_count_left_as_a_number(name: str) -> None:
     entry = ZOO[name]
     compilation, _, _ = run(entry.model(), entry.inputs(), skip=("insert_reductions",), r=1)
-    tracer = compilation.traced
+    tracer = compilation.axes
     barriers = {barrier.node for barrier in compilation.barriers}
     for node in compilation.gm.graph.nodes:
         if node in barriers or not is_op(node, "view", "reshape", "expand") or not tracer.tokens(node):
@@ -150,7 +150,7 @@ def test_polymorphic_graph_has_no_token_count_left_as_a_number(name: str) -> Non
 
 
 def test_verification_refuses_an_output_of_another_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    def shorten(compilation: Compilation) -> None:
+    def shorten(compilation: Scheduled) -> Scheduled:
         graph = compilation.gm.graph
         output = graph.output_node()
         (value,) = output.args[0] if isinstance(output.args[0], (tuple, list)) else (output.args[0],)
@@ -158,6 +158,7 @@ def test_verification_refuses_an_output_of_another_shape(monkeypatch: pytest.Mon
             cut = graph.call_function(torch.ops.aten.slice.Tensor, (value, 1, 0, 3))
         cut.meta["val"] = value.meta["val"][:, :3]
         output.args = ((cut,),)
+        return compilation
 
     shorten.__name__ = "insert_reductions"
     passes = tuple(shorten if p.__name__ == "insert_reductions" else p for p in PASSES)

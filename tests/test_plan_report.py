@@ -14,7 +14,7 @@ from rich.table import Table
 from tofu_fx import Plan, TofuError
 from tofu_fx.demo.extra import MissingExtraError
 from tofu_fx.plan import table as plans
-from tofu_fx.plan.plan import Calibration, Figures, PlanRow, Spread
+from tofu_fx.plan.records import Calibration, Figures, PlanRow, Spread
 from tofu_fx.plan.table import differences, follow_tokens, plan_diff
 
 

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 import tofu_fx
 from tests.harness import compiled, randomise
-from tofu_fx.compilation import Compilation
+from tofu_fx.compilation import Lowered
 from tofu_fx.fx.nodes import is_op
 from tofu_fx.plan.options import Options
 from tofu_fx.testing import capture_aten, honest_meta, idempotent, keeps_outputs, prove, well_formed
@@ -21,9 +21,8 @@ X = torch.randn(2, 12, 8, generator=torch.Generator().manual_seed(0))
 
 
 def functionalized(gm: GraphModule) -> GraphModule:
-    compilation = Compilation(gm, Options())
-    functionalize_inplace(compilation)
-    return compilation.gm
+    lowered = Lowered(gm, Options(), model_state=frozenset(), traced_outputs=())
+    return functionalize_inplace(lowered).gm
 
 
 def rotated(x: Tensor) -> Tensor:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch.fx import GraphModule
@@ -21,9 +20,11 @@ from tofu_fx.fx.nodes import may_multiply
 from tofu_fx.pipeline import run_pipeline
 from tofu_fx.plan.flops import node_flops
 from tofu_fx.plan.options import Options
+from tofu_fx.rewrite.reducer import Reducer
 from tofu_fx.rewrite.token_count_inputs import carry_over, fake_mode_of
 from tofu_fx.sites.guards import guarded
-from tofu_fx.summary import NOTHING, note, warn
+from tofu_fx.sites.site import ever_planned
+from tofu_fx.summary import NOTHING, Outcome, note, warn
 
 
 def tofu(
@@ -112,27 +113,12 @@ def _reduced(compilation: Compilation, example_inputs: Sequence[Any], options: O
     return lambda *args: run(*args, *counts)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one graph.
-
-    ``compilation`` is None where the passes could not run; ``warnings`` are said of this graph, whatever became of the
-    model's others. States: "reduced"; "idle": nothing could be reduced; "empty": there was nothing to reduce, without
-    any product of matrices; "failed": on the way, so that the graph is compiled untouched.
-    """
-
-    compilation: Compilation | None
-    message: str
-    warnings: tuple[str, ...] = ()
-    state: Literal["reduced", "idle", "empty", "failed"] = "idle"
-
-
 def rewrite(
     gm: GraphModule,
     options: Options,
     example_inputs: Sequence[Any] | None = None,
     shared_kernels: bool = False,
-    shuffle: bool = False,
+    reducer: Reducer | None = None,
 ) -> Outcome:
     """Run the pipeline over a Dynamo graph, which stays as it is; arguments as for ``run_pipeline``.
 
@@ -143,7 +129,7 @@ def rewrite(
         # An optimizer's step, or a fragment between two graph breaks.
         return Outcome(None, f"{NOTHING}the graph has no product of matrices", state="empty")
     try:
-        return _outcome(run_pipeline(gm, options, example_inputs, shared_kernels=shared_kernels, shuffle=shuffle))
+        return _outcome(run_pipeline(gm, options, example_inputs, shared_kernels=shared_kernels, reducer=reducer))
     except (OptionError, PlanError):
         raise
     except Unsupported as reason:
@@ -197,10 +183,9 @@ _ONE_BLOCK = {
 
 def _is_one_block(compilation: Compilation) -> bool:
     """Whether a stream comes in as an input, has one site, and goes out whole: a block compiled on its own."""
-    if len(compilation.reducing) != 1 or any(site.planned and not site.r for site in compilation.sites):
+    if len(compilation.reducing) != 1 or any(not site.r for site in ever_planned(compilation.sites)):
         return False
-    (site,), tracer = compilation.reducing, compilation.traced
-    assert site.reduce_at is not None
+    (site,), tracer = compilation.reducing, compilation.axes
     inputs = [n for n in tracer.graph.find_nodes(op="placeholder") if n not in compilation.model_state]
     streams = [*(node.meta.get("val") for node in inputs), *compilation.traced_outputs[:1]]
     goes_out = site.placement == "branch" or any(barrier.node.op == "output" for barrier in compilation.barriers)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch.fx import GraphModule
 
-from tofu_fx.compilation import Compilation
+from tofu_fx.compilation import Captured, Compilation, Lowered
 from tofu_fx.errors import PassError, TofuError
-from tofu_fx.fx.nodes import module_path, source_line
+from tofu_fx.fx.nodes import copy_graph, graph_module, module_path, source_line
 from tofu_fx.fx.spec import check_spec
 from tofu_fx.passes.decline_unprofitable import decline_unprofitable
 from tofu_fx.passes.find_attention import find_attention
@@ -23,15 +24,23 @@ from tofu_fx.passes.make_polymorphic import make_polymorphic
 from tofu_fx.passes.plan_reductions import plan_reductions
 from tofu_fx.passes.verify import verify
 from tofu_fx.plan.options import Options
+from tofu_fx.rewrite.reducer import Reducer
 
 logger = logging.getLogger("tofu_fx")
 
-Pass = Callable[[Compilation], None]
+Pass = Callable[[Any], Any]
+
+
+def keep_before(graph: Lowered) -> Lowered:
+    """Note a copy of the graph as it is: what follows changes it in place."""
+    return replace(graph, before=graph_module(graph.gm, copy_graph(graph.gm.graph)))
+
 
 #: In order. Each line says why it stands where it stands.
 PASSES: tuple[Pass, ...] = (
     lower_to_aten,  # first: all that follows knows one vocabulary
     functionalize_inplace,  # before any analysis: a residual stream changed in place is not a value
+    keep_before,  # the graph that reports, calibration and proofs compare with
     find_attention,  # needs plain axes only
     find_streams,  # needs the sites: a stream starts at a site's residual add
     plan_reductions,  # needs the sites that are left when the streams are known
@@ -46,10 +55,8 @@ def run_pipeline(
     gm: GraphModule,
     options: Options,
     example_inputs: Sequence[Any] | None = None,
-    skip: Collection[str] = (),
     shared_kernels: bool = False,
-    rehearse: bool = False,
-    shuffle: bool = False,
+    reducer: Reducer | None = None,
 ) -> Compilation:
     """Run the passes over a Dynamo graph (which stays as it is) and return what they found and made.
 
@@ -57,48 +64,69 @@ def run_pipeline(
         gm: a graph from Dynamo, with fake example values on its placeholders.
         options: parsed options.
         example_inputs: what the graph is called with first, from Dynamo; attention behind a mask is declined without.
-        skip: names of passes to leave out, for experiments.
         shared_kernels: make token counts inputs of the rewritten graph (see ``tofu_fx.rewrite.token_count_inputs``).
-        rehearse: do so on any device, and write what ``tofu_fx.calibration.rehearsal`` needs.
-        shuffle: shuffle the tokens at every matched site; with r = 0 at each, the outputs must stay the same.
+        reducer: how reductions are written, where that is not the usual way.
 
     Raises:
         TofuError: from a pass on purpose (an option or plan that does not fit, an unsupported graph).
         PassError: a pass failed; names the pass, the node and the user's source line.
     """
-    unknown = set(skip) - {p.__name__ for p in PASSES}
+    graph = run_passes(PASSES, gm, options, example_inputs, shared_kernels, reducer)
+    assert isinstance(graph, Compilation)
+    return graph
+
+
+def run_passes(
+    passes: Iterable[Pass],
+    gm: GraphModule,
+    options: Options,
+    example_inputs: Sequence[Any] | None = None,
+    shared_kernels: bool = False,
+    reducer: Reducer | None = None,
+) -> Any:
+    """As ``run_pipeline``, but some of the passes only: returns the stage that the last of them made."""
+    reducer = reducer or Reducer()
+    graph = Captured(gm, options, example_inputs, shared_kernels or reducer.any_plan, reducer)
+    placeholders = len(gm.graph.find_nodes(op="placeholder"))
+    for run in passes:
+        graph = _run(run, graph, placeholders)
+    return graph
+
+
+def without(*names: str) -> tuple[Pass, ...]:
+    """The passes but those of some names, for experiments.
+
+    Raises:
+        TofuError: there is no pass of a name.
+    """
+    unknown = set(names) - {run.__name__ for run in PASSES}
     if unknown:
         raise TofuError(f"unknown pass to skip: {', '.join(sorted(unknown))}")
-    compilation = Compilation(gm, options, example_inputs, shared_kernels=shared_kernels or rehearse)
-    compilation.rehearsed, compilation.shuffle = [] if rehearse else None, shuffle
-    placeholders = len(gm.graph.find_nodes(op="placeholder"))
-    for run in PASSES:
-        if run.__name__ not in skip:
-            _run(run, compilation, placeholders)
-    return compilation
+    return tuple(run for run in PASSES if run.__name__ not in names)
 
 
-def _run(run: Pass, compilation: Compilation, placeholders: int) -> None:
-    name, compilation.at = run.__name__, None
+def _run(run: Pass, graph: Captured, placeholders: int) -> Captured:
+    name, graph.at.node = run.__name__, None
     start = time.perf_counter()
     try:
-        run(compilation)
-        check_spec(compilation.gm, placeholders + len(compilation.token_counts))
+        made: Captured = run(graph)
+        check_spec(made.gm, placeholders + len(getattr(made, "token_counts", ())))
     except TofuError as error:
         if type(error) is TofuError:
-            raise PassError(_where(name, compilation, error)) from error
+            raise PassError(_where(name, graph, error)) from error
         raise
     except Exception as error:
-        raise PassError(_where(name, compilation, error)) from error
+        raise PassError(_where(name, graph, error)) from error
     finally:
-        compilation.seconds[name] = time.perf_counter() - start
-    logger.info("%s: %.3f s, %d nodes", name, compilation.seconds[name], len(compilation.gm.graph.nodes))
+        graph.seconds[name] = time.perf_counter() - start
+    logger.info("%s: %.3f s, %d nodes", name, graph.seconds[name], len(made.gm.graph.nodes))
     if logger.isEnabledFor(logging.DEBUG):
-        logger.debug("graph after %s:\n%s", name, compilation.gm.print_readable(print_output=False))
+        logger.debug("graph after %s:\n%s", name, made.gm.print_readable(print_output=False))
+    return made
 
 
-def _where(name: str, compilation: Compilation, error: Exception) -> str:
-    node = compilation.at
+def _where(name: str, graph: Captured, error: Exception) -> str:
+    node = graph.at.node
     place = ""
     if node is not None:
         module = module_path(node)

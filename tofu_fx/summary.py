@@ -10,17 +10,30 @@ import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Literal
 from weakref import WeakKeyDictionary
 
+from tofu_fx.compilation import Compilation
 from tofu_fx.dynamo import Call, enclosing_call, frame_id
 from tofu_fx.errors import TofuWarning
 
-if TYPE_CHECKING:
-    from tofu_fx.backend import Outcome
-
 logger = logging.getLogger("tofu_fx")
 NOTHING = "nothing was accelerated: "
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one graph.
+
+    ``compilation`` is None where the passes could not run; ``warnings`` are said of this graph, whatever became of the
+    model's others. States: "reduced"; "idle": nothing could be reduced; "empty": there was nothing to reduce, without
+    any product of matrices; "failed": on the way, so that the graph is compiled untouched.
+    """
+
+    compilation: Compilation | None
+    message: str
+    warnings: tuple[str, ...] = ()
+    state: Literal["reduced", "idle", "empty", "failed"] = "idle"
 
 
 @dataclass

@@ -59,7 +59,7 @@ def test_samples_are_not_mixed_inside_of_a_branch() -> None:
     for row in [Row("none", "none", CARRIED, lambda x: x), *IN_BRANCH]:
         compilation = compiled_branch(row)
         (site,) = compilation.reducing
-        mixes = [barrier for barrier in compilation.barriers if barrier.node not in compilation.traced.ends]
+        mixes = [barrier for barrier in compilation.barriers if barrier.node not in compilation.axes.ends]
         if "mlp" in [branch.kind for branch in site.branches]:  # where the MLP is too long to be seen as one, none is
             seen.append(row)
             assert bool(mixes) == (row.verdict == BARRIER), row.name

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import tofu_fx
 from tests.harness import Study, compiled, randomise, relative_error, same_bits, study
 from tests.zoo.diffusion_catalogue import CROSS, DIFFUSION_CASES, TEXT, Called, unet, unet_inputs
-from tofu_fx.plan.plan import PlanRow
+from tofu_fx.plan.records import PlanRow
 from tofu_fx.testing import MEANING_TOLERANCE, prove
 
 ALL = ["attention", "mlp", "cross"]

@@ -14,11 +14,11 @@ from tests.dense.test_branches import ViT, branch, images
 from tests.harness import EAGER, randomise
 from tofu_fx import Plan
 from tofu_fx.plan.counts import streams, walk
-from tofu_fx.plan.plan import PlanRow
+from tofu_fx.plan.records import PlanRow
 from tofu_fx.plan.schedule import schedule
-from tofu_fx.plan.sharing import share_matches
+from tofu_fx.plan.sharing import shared_matches
 from tofu_fx.plan.table import follow_tokens
-from tofu_fx.sites.site import Site
+from tofu_fx.sites.site import Planned
 
 
 def row(
@@ -28,9 +28,10 @@ def row(
     return PlanRow(id=name, module_path=name, tokens=tokens, heads=2, dim=8, r=r, placement=placement, **more)
 
 
-def site(name: str, tokens: int, stream: int, **more: Any) -> Site:
+def site(name: str, tokens: int, stream: int, **more: Any) -> Planned:
     attention: Any = SimpleNamespace(node=None)
-    return Site(name, name, attention, tokens, 2, 8, stream=stream, **more)
+    more = {"reduce_at": None, "lead": 0, "tail": 0, "tokens_in": tokens, "tokens_out": tokens, **more}
+    return Planned(name, name, attention, tokens, 2, 8, stream=stream, **more)
 
 
 def counts(sites: Any, removes: Any) -> list[tuple[int, int]]:
@@ -69,10 +70,9 @@ def test_rows_that_name_their_streams_are_not_taken_for_one() -> None:
 def test_sites_that_share_a_match_are_counted_like_any_other() -> None:
     grid = {"placement": "branch", "grid": (1, 6, 6)}
     sites = [site(name, 36, number, **grid) for number, name in enumerate("abc")]  # type: ignore[arg-type]
-    schedule(sites, tofu_fx.Options(r=9, placement="branch"))
-    share_matches(sites, "resolution")
-    assert [site.shares for site in sites] == [None, sites[0], sites[0]]
-    assert [(site.tokens_in, site.tokens_out) for site in sites] == [(36, 27)] * 3
+    planned = schedule(sites, tofu_fx.Options(r=9, placement="branch"))
+    assert shared_matches(planned, "resolution") == {"b": "a", "c": "a"}
+    assert [(site.tokens_in, site.tokens_out) for site in planned] == [(36, 27)] * 3
 
 
 def test_a_report_of_branches_starts_from_all_tokens_at_each_row() -> None:

@@ -11,15 +11,17 @@ import pytest
 import torch
 
 from tofu_fx.calibration.output_error import METRICS, choose_metric, kl_divergence, relative_l2
+from tofu_fx.calibration.recording import Rehearsed
 from tofu_fx.calibration.rehearsal import Choice
 from tofu_fx.calibration.sensitivity import Curve, Predictor, Sensitivity, first_kind, kinds
 from tofu_fx.plan.schedule import default_match
-from tofu_fx.sites.site import Rehearsed, Site
+from tofu_fx.sites.site import Planned
 
 
-def _site(name: str, tokens: int = 41) -> Site:
+def _site(name: str, tokens: int = 41) -> Planned:
     attention: Any = None
-    return Site(name, name, attention, tokens, 3, 48, lead=1, stream=0)
+    place: Any = {"reduce_at": None, "lead": 1, "tail": 0, "tokens_in": tokens, "tokens_out": tokens}
+    return Planned(name, name, attention, tokens, 3, 48, stream=0, **place)
 
 
 FIRST = first_kind(_site("any"))

@@ -119,6 +119,14 @@ def test_padding_is_read_from_weights_before_batch_and_heads_become_one_dim() ->
     assert verdict.reduced
 
 
+def test_a_size_that_the_model_asks_for_is_no_tensor_of_tokens() -> None:
+    """Found by seed 101, case 100: with a dynamic batch, the interpreter took a size for a sequence of tensors."""
+    spec = Spec(layout="merged", fused_qkv=False, addmm=True, prefix=0, pooling="mean", reshape="flatten")
+    verdict = check(Case(spec, Use(dynamic=True)))
+    assert not verdict.failure
+    assert verdict.reduced
+
+
 def test_a_fault_in_the_compiler_is_found_and_made_simple(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rewriter, "attention_bias", lambda *args: None)  # log(size) is forgotten
 

@@ -17,7 +17,7 @@ import tofu_fx.testing
 from tofu_fx.ops import fuse, merging
 from tofu_fx.rewrite.companions import Companions
 from tofu_fx.rewrite.layout import aten
-from tofu_fx.rewrite.similarity import Metric
+from tofu_fx.rewrite.similarity import Similarity
 from tofu_fx.rewrite.versions import Stream
 from tofu_fx.testing import Proofs, Spec, Undecided, prove
 from tofu_fx.testing.formulas import choose, merge, partners_of
@@ -81,7 +81,7 @@ def lost_sizes(patch: pytest.MonkeyPatch) -> None:
 
 def padding_mixed(patch: pytest.MonkeyPatch) -> None:
     """Padding is not kept apart."""
-    patch.setattr(Metric, "_apart", lambda self, node: node)
+    patch.setattr(Similarity, "_apart", lambda self, node: node)
 
 
 def destination_as_one(patch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Makes the atoms of ``tofu_fx.axes.atoms``, and remembers how they were derived, so that equal derivations are equal."""
+"""Makes the atoms of ``tofu_fx.axes.atoms``, and remembers how they were made: equal derivations are equal."""
 
 from __future__ import annotations
 

@@ -27,7 +27,8 @@ from tofu_fx.calibration.trial import Trial
 from tofu_fx.calibration.uniform import rows_of
 from tofu_fx.errors import CalibrationError, TofuWarning
 from tofu_fx.plan.options import Options
-from tofu_fx.plan.plan import Calibration, Plan, PlanRow
+from tofu_fx.plan.plan import Plan
+from tofu_fx.plan.records import Calibration, PlanRow
 
 InnerBackend = Literal["inductor", "aot_eager", "eager"]
 

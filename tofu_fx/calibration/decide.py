@@ -16,7 +16,7 @@ from tofu_fx.calibration.target import Target
 from tofu_fx.calibration.tune import Tuner
 from tofu_fx.calibration.uniform import UNIFORM, uniform
 from tofu_fx.errors import CalibrationError
-from tofu_fx.plan.plan import Figures
+from tofu_fx.plan.records import Figures
 from tofu_fx.plan.schedule import DEFAULT_RATIO, spread
 
 Policy = Literal["auto", "sensitivity", "linearity"]

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tofu_fx.calibration.recording import Rehearsed
 from tofu_fx.calibration.rehearsal import Choice, Rehearsal, Snapshot
-from tofu_fx.plan.plan import Spread
+from tofu_fx.plan.records import Spread
 from tofu_fx.plan.schedule import default_match
-from tofu_fx.sites.site import Rehearsed
 
 #: N, the pieces that the way from X0 to X1 is cut into
 STEPS = 10

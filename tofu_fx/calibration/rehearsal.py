@@ -22,12 +22,12 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from tofu_fx import ops  # noqa: F401 - registers torch.ops.tofu
+from tofu_fx.calibration.recording import Recorder, Rehearsed
 from tofu_fx.compilation import Compilation
 from tofu_fx.fx.autocast import Autocasts, is_region
-from tofu_fx.pipeline import run_pipeline
+from tofu_fx.pipeline import run_passes, without
 from tofu_fx.plan.counts import Passage, walk
 from tofu_fx.plan.options import Options
-from tofu_fx.sites.site import Rehearsed
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Rehearsal:
     """One graph, rewritten with a reduction at each of its ``sites``, whose token counts are its last placeholders."""
 
     compilation: Compilation
+    sites: Sequence[Rehearsed]
 
     @classmethod
     def of(cls, gm: GraphModule, inputs: Sequence[Any], options: Options) -> Rehearsal:
@@ -59,17 +60,14 @@ class Rehearsal:
             PassError: a pass failed. Unsupported: the graph cannot be rewritten at all.
         """
         options = options.model_copy(update={"ratio": None, "r": 1, "plan": None})
-        return cls(run_pipeline(gm, options, inputs, skip=("verify",), rehearse=True))
+        recorder = Recorder()
+        compilation = run_passes(without("verify"), gm, options, inputs, reducer=recorder)
+        return cls(compilation, recorder.rehearsed)
 
     @property
     def gm(self) -> GraphModule:
         """The rewritten graph."""
         return self.compilation.gm
-
-    @property
-    def sites(self) -> Sequence[Rehearsed]:
-        """The sites at which tokens can go."""
-        return self.compilation.rehearsed or ()
 
     def passages(self, choices: Choices) -> list[Passage]:
         """The token counts at each site.

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy
 
+from tofu_fx.calibration.recording import Rehearsed
 from tofu_fx.calibration.rehearsal import Choice
 from tofu_fx.plan.counts import walk
 from tofu_fx.plan.schedule import default_match
-from tofu_fx.sites.site import Rehearsed, Site
+from tofu_fx.sites.site import Planned
 
 #: shares of a site's free tokens that are removed to measure its error curve; half is the most that can go at once
 SHARES = (0.08, 0.22, 0.5)
@@ -22,7 +23,7 @@ COMMON_SHARE = SHARES[1]
 Kind = tuple[str, str]
 
 
-def first_kind(site: Site) -> Kind:
+def first_kind(site: Planned) -> Kind:
     """The kind whose whole curve is measured at a site: the paper's MLERP; in a branch the mean, which is better."""
     return "mean" if site.placement == "branch" else "mlerp", default_match(site)
 
@@ -41,12 +42,12 @@ def candidates(entry: Rehearsed) -> list[Choice]:
     return list(dict.fromkeys(tried))
 
 
-def removed(site: Site, share: float) -> int:
+def removed(site: Planned, share: float) -> int:
     """A share of a site's free tokens, at least one and at most what can go."""
     return max(1, min(round(share * free_tokens(site, site.tokens)), site.cap(site.tokens)))
 
 
-def free_tokens(site: Site, tokens: int) -> int:
+def free_tokens(site: Planned, tokens: int) -> int:
     """Of the tokens that arrive, those that are not protected."""
     return max(tokens - site.lead - site.tail, 1)
 
@@ -81,7 +82,7 @@ class Curve:
 class Sensitivity:
     """The measured errors of one site's candidates, and its curves."""
 
-    site: Site
+    site: Planned
     measured: dict[Choice, float] = field(default_factory=dict)
 
     def curves(self) -> dict[Kind, Curve]:
@@ -108,13 +109,13 @@ class Predictor:
     ``weights`` start at one, and are fitted to the plans that were measured (``fitted``).
     """
 
-    sites: Sequence[Site]
+    sites: Sequence[Planned]
     #: site id -> the stream that it is of
     stream_of: Mapping[str, Any]
     curves: Mapping[str, Curve]
     weights: Mapping[str, float]
 
-    def contribution(self, site: Site, arriving: int, gone: Any) -> Any:
+    def contribution(self, site: Planned, arriving: int, gone: Any) -> Any:
         """What is put down to one site."""
         if site.id not in self.curves:
             return numpy.where(numpy.asarray(gone) > 0, numpy.inf, 0.0)

@@ -21,7 +21,7 @@ from tofu_fx.calibration.sensitivity import Sensitivity, candidates, first_kind
 from tofu_fx.calibration.timing import time_calls
 from tofu_fx.calibration.trial import Trial
 from tofu_fx.errors import CalibrationError
-from tofu_fx.plan.plan import Spread
+from tofu_fx.plan.records import Spread
 
 #: of the inputs, about as many are used to measure single sites; whole plans are measured on all
 SITE_SAMPLES = 16

@@ -16,6 +16,7 @@ import torch
 from torch.fx import Graph, GraphModule
 
 from tofu_fx.calibration.batches import Batch
+from tofu_fx.calibration.recording import Rehearsed
 from tofu_fx.calibration.refusals import model_refusals
 from tofu_fx.calibration.rehearsal import Choices, Rehearsal, Snapshot
 from tofu_fx.calibration.timing import room_for_variants
@@ -23,7 +24,7 @@ from tofu_fx.errors import CalibrationError, PassError, Unsupported
 from tofu_fx.plan.counts import Passage, streams, walk
 from tofu_fx.plan.flops import count_flops
 from tofu_fx.plan.options import Options
-from tofu_fx.sites.site import Rehearsed, Site
+from tofu_fx.sites.site import Planned, Site, ever_planned
 
 
 @dataclass
@@ -43,9 +44,9 @@ class Trial(AbstractContextManager["Trial"]):
     model: Any
     options: Options
     #: the sites at which tokens can go
-    sites: list[Site] = field(default_factory=list)
+    sites: list[Planned] = field(default_factory=list)
     #: the sites that a plan must have a row for: also those that fewer than two free tokens would reach
-    planned: list[Site] = field(default_factory=list)
+    planned: list[Planned] = field(default_factory=list)
     #: for each site the number of its graph
     graph_of: dict[str, int] = field(default_factory=dict)
     rehearsals: list[Rehearsal] = field(default_factory=list)
@@ -96,18 +97,18 @@ class Trial(AbstractContextManager["Trial"]):
         self.forget()
         torch._dynamo.reset()
 
-    def streams(self) -> list[list[Site]]:
+    def streams(self) -> list[list[Planned]]:
         """The sites of each stream in order."""
         return streams(self.sites, lambda site, _: self.stream_of[site.id])
 
     def walk(
-        self, removes: Callable[[Site, int], int], sites: Sequence[Site] | None = None
-    ) -> Iterator[tuple[Site, Passage]]:
+        self, removes: Callable[[Planned, int], int], sites: Sequence[Planned] | None = None
+    ) -> Iterator[tuple[Planned, Passage]]:
         """``tofu_fx.plan.counts.walk`` over the sites of all graphs, or over some of them."""
         stream_of = self.stream_of
         return walk(self.sites if sites is None else sites, removes, stream=lambda site, _: stream_of[site.id])
 
-    def limited(self, wanted: Mapping[str, int], sites: Sequence[Site] | None = None) -> dict[str, int]:
+    def limited(self, wanted: Mapping[str, int], sites: Sequence[Planned] | None = None) -> dict[str, int]:
         """Tokens to remove at each site: those wanted, or the most that can go of those that arrive."""
         counted = self.walk(lambda site, arriving: min(wanted[site.id], site.cap(arriving)), sites)
         return {site.id: passage.removed for site, passage in counted}
@@ -226,7 +227,7 @@ class Trial(AbstractContextManager["Trial"]):
             )
         if sites and not again:
             number = len(self.rehearsals)
-            planned = [site for site in rehearsal.compilation.sites if site.planned]
+            planned = ever_planned(rehearsal.compilation.sites)
             self.graph_of.update((site.id, number) for site in planned)
             self.planned.extend(planned)
             self.sites.extend(sites)

@@ -18,7 +18,7 @@ from tofu_fx.calibration.rehearsal import Choice, Choices
 from tofu_fx.calibration.sensitivity import Kind, Predictor
 from tofu_fx.calibration.survey import Survey
 from tofu_fx.calibration.trial import Trial
-from tofu_fx.sites.site import Site
+from tofu_fx.sites.site import Planned
 
 #: plans that are within this share of the least predicted loss are equal: the one with fewer token counts is taken
 EQUAL = 0.005
@@ -130,7 +130,7 @@ class Tuner:
         sites = [site for members in self.trial.streams() for site in members]
         return {s.id: Choice(*self.kinds[s.id], r) for s, r in zip(sites, removed, strict=True) if r}
 
-    def _stage(self, site: Site, penalty: float) -> Stage:
+    def _stage(self, site: Planned, penalty: float) -> Stage:
         graph = self.trial.graph_of[site.id]
         rehearsal, model, match = self.trial.rehearsals[graph], self.costs[graph], self.kinds[site.id][1]
         place = [entry.site.id for entry in rehearsal.sites].index(site.id)

@@ -16,7 +16,8 @@ from tofu_fx.calibration.rehearsal import Choice, Choices
 from tofu_fx.calibration.sensitivity import Kind, first_kind
 from tofu_fx.calibration.trial import Trial
 from tofu_fx.plan.options import Options
-from tofu_fx.plan.plan import Plan, PlanRow
+from tofu_fx.plan.plan import Plan
+from tofu_fx.plan.records import PlanRow
 from tofu_fx.plan.schedule import default_match
 
 #: name -> the kind of reduction for a site's depth among so many layers

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from tofu_fx.cli import inputs, models
 from tofu_fx.cli.calibrate import add_inner_backend
 from tofu_fx.cli.command import Command, CommandError, note, positive, require_folder, shares
-from tofu_fx.plan.options import Strategy
+from tofu_fx.plan.words import Strategy
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -8,7 +8,7 @@ from typing import get_args
 
 from tofu_fx.cli import inputs, models
 from tofu_fx.cli.command import Command, above_one, above_zero, note, positive, require_folder, share
-from tofu_fx.plan.options import Placement
+from tofu_fx.plan.words import Placement
 
 EPILOG = f"""\
 {models.SOURCES}

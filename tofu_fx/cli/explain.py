@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from tofu_fx.cli import inputs, models
 from tofu_fx.cli.command import Command, counts, share
-from tofu_fx.plan.options import Match, Placement, Strategy
+from tofu_fx.plan.words import Match, Placement, Strategy
 
 EPILOG = f"""\
 {models.SOURCES}

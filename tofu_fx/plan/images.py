@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tofu_fx.choice import FEW_SITES
 from tofu_fx.errors import OptionError, PlanError
 from tofu_fx.plan.options import OF_BRANCHES, Options
-from tofu_fx.plan.plan import Plan
-from tofu_fx.sites.site import Site
+from tofu_fx.sites.site import Placed
 from tofu_fx.wording import shown
 
+_FEW_SITES = 2  # in so few branches, that no image is known is not worth a warning
 
-def check_grids(sites: Sequence[Site], options: Options) -> None:
+#: site id -> what is to be reported as a warning
+Notes = dict[str, list[str]]
+
+
+def check_grids(sites: Sequence[Placed], options: Options) -> Notes:
     """Refuse a grid that contradicts the graph, and say once where it could not be checked, or where none is known.
 
     Args:
@@ -22,19 +25,25 @@ def check_grids(sites: Sequence[Site], options: Options) -> None:
     Raises:
         OptionError: the option contradicts the graph, or the plan. PlanError: a row contradicts the graph.
     """
-    _check_option(sites, options)
+    notes: Notes = {}
+    unchecked = _check_option(sites, options)
     _check_rows(sites, options)
+    if unchecked:
+        notes.setdefault(unchecked[0], []).append(unchecked[1])
     without = [site for site in sites if site.placement == "branch" and site.grid is None]
-    if len(without) > FEW_SITES:
-        without[0].notes.append(
+    if len(without) > _FEW_SITES:
+        notes.setdefault(without[0].id, []).append(
             f"no image is found whose places the tokens of {len(without)} sites are, so every other token may stay "
             "(ratios up to 0.5); if they are an image's, say so with options={'grid': (height, width)}"
         )
+    for name, note in idle_options(sites, options):
+        notes.setdefault(name, []).append(note)
+    return notes
 
 
-def _check_option(sites: Sequence[Site], options: Options) -> None:
+def _check_option(sites: Sequence[Placed], options: Options) -> tuple[str, str] | None:
     if options.grid is None or not sites:
-        return
+        return None
     height, width = options.grid
     said = f"option 'grid': {height} x {width} is {height * width} tokens"
     images = list(dict.fromkeys(_words(site) for site in sites if site.image))
@@ -54,14 +63,16 @@ def _check_option(sites: Sequence[Site], options: Options) -> None:
             f"{_words(wrong)}; leave the option out"
         )
     if told and not known:
-        told[0].notes.append(
+        note = (
             f"option 'grid': {height} x {width} could not be checked, because the graph shows no image: only their "
             f"number, {told[0].free}, is known of the tokens of {len(told)} sites"
         )
+        return told[0].id, note
+    return None
 
 
-def _check_rows(sites: Sequence[Site], options: Options) -> None:
-    rows = {} if options.plan is None else {row.id: row for row in Plan.load(options.plan).sites if row.grid}
+def _check_rows(sites: Sequence[Placed], options: Options) -> None:
+    rows = {} if options.plan is None else {row.id: row for row in options.plan.sites if row.grid}
     for site in sites:
         row = rows.get(site.id)
         if row is None or row.grid is None or row.placement == "stream":
@@ -78,7 +89,7 @@ def _check_rows(sites: Sequence[Site], options: Options) -> None:
             raise PlanError(f"{said}, which is {height * width} tokens, but {site.free} can go there; correct the row")
 
 
-def note_idle_options(sites: Sequence[Site], options: Options) -> None:
+def idle_options(sites: Sequence[Placed], options: Options) -> list[tuple[str, str]]:
     """Say which of the options given decide nothing at any of a graph's sites: those of branches, where there are none.
 
     That a placement is chosen automatically, or by a plan, is known only here. It is no error, because another graph
@@ -87,25 +98,26 @@ def note_idle_options(sites: Sequence[Site], options: Options) -> None:
     given = [key for key in OF_BRANCHES if key in options.chosen]
     branches = [site for site in sites if site.placement == "branch"]
     if not given or not sites:
-        return
+        return []
     if not branches:
         idle, why = given, "no site is reduced in the branches of its block here; take placement 'branch' for that"
     elif not any(site.grid for site in branches):
         idle = [key for key in given if key in ("cell", "seed", "max_downsample")]
         why = "no image is known whose places the tokens are"
     else:
-        return
+        return []
     if idle:
         several = "options" if len(idle) > 1 else "option"
         decide = "decide" if len(idle) > 1 else "decides"
-        sites[0].notes.append(f"{several} {', '.join(map(repr, idle))} {decide} nothing: {why}")
+        return [(sites[0].id, f"{several} {', '.join(map(repr, idle))} {decide} nothing: {why}")]
+    return []
 
 
-def _agrees(site: Site, grid: tuple[int, int]) -> bool:
+def _agrees(site: Placed, grid: tuple[int, int]) -> bool:
     return site.image is not None and site.image[1:] == grid
 
 
-def _words(site: Site) -> str:
+def _words(site: Placed) -> str:
     """The image of a site, as "6 x 6" or "4 frames of 3 x 3"."""
     assert site.image is not None
     frames, height, width = site.image

@@ -11,18 +11,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tofu_fx.errors import OptionError
+from tofu_fx.plan.plan import Plan
+from tofu_fx.plan.words import MOST, MOST_SIDE, BranchKind, Match, Placement, Reuse, Strategy
 from tofu_fx.wording import shown
-
-Strategy = Literal["auto", "prune", "mean", "mlerp"]
-Match = Literal["keys", "heads", "queries_keys", "features", "sketch"]
-Placement = Literal["auto", "stream", "branch"]
-BranchKind = Literal["attention", "mlp", "cross"]
-Reuse = Literal["none", "block", "resolution"]
-
-#: the largest side of an image in tokens, and of a cell
-MOST_SIDE = 2**15
-#: the largest of other whole numbers: 32 bits, so that sums and products of a few fit 64
-MOST = 2**31 - 2
 
 #: what each option may be, in the words of its messages
 EXPECTED: dict[str, str] = {
@@ -184,9 +175,10 @@ class Options(BaseModel):
 
         Raises:
             OptionError: naming every wrong key, what was expected there and what came.
+            PlanError: the plan cannot be read.
         """
         if isinstance(options, Options):
-            return options
+            return options._with_plan()
         if not isinstance(options, Mapping | None):
             raise OptionError(f"options: expected a dict of options by their names, got {shown(options)}")
         values = dict(options or {})
@@ -203,7 +195,13 @@ class Options(BaseModel):
             raise OptionError("; ".join(dict.fromkeys(wrong)))
         if parsed.mode is not None:
             _check_mode(parsed.mode)
-        return parsed
+        return parsed._with_plan()
+
+    def _with_plan(self) -> Options:
+        """The same options with the plan itself: what was given may be its path, or its dict."""
+        if self.plan is None or isinstance(self.plan, Plan):
+            return self
+        return self.model_copy(update={"plan": Plan.load(self.plan)})
 
     @property
     def reduces(self) -> bool:

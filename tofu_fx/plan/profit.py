@@ -19,7 +19,7 @@ from tofu_fx.axes.tracer import AxisTracer
 from tofu_fx.plan.counts import walk
 from tofu_fx.plan.flops import matching_flops, node_flops
 from tofu_fx.plan.sketch import folds
-from tofu_fx.sites.site import Site
+from tofu_fx.sites.site import Planned
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Work:
     exponent: int
 
 
-def unprofitable(sites: Sequence[Site], tracer: AxisTracer, graph: Graph) -> list[Site]:
+def unprofitable(sites: Sequence[Planned], tracer: AxisTracer, graph: Graph) -> list[Planned]:
     """The reducing sites of one stream that cost more time than they save, given that the others reduce.
 
     Looked for from the last site on, behind which there is the least work.
@@ -73,8 +73,8 @@ def unprofitable(sites: Sequence[Site], tracer: AxisTracer, graph: Graph) -> lis
     return losing[::-1]
 
 
-def _work(sites: Sequence[Site], tracer: AxisTracer, graph: Graph, order: Mapping[Node, int]) -> list[Work]:
-    places = [order[site.reduce_at] for site in sites if site.reduce_at is not None]
+def _work(sites: Sequence[Planned], tracer: AxisTracer, graph: Graph, order: Mapping[Node, int]) -> list[Work]:
+    places = [order[site.reduce_at] for site in sites]
     found = []
     for node in graph.nodes:
         flops = node_flops(node) if any(a.base.stream == sites[0].stream for a in tracer.tokens(node)) else 0
@@ -85,12 +85,12 @@ def _work(sites: Sequence[Site], tracer: AxisTracer, graph: Graph, order: Mappin
     return found
 
 
-def _seconds(sites: Sequence[Site], work: Sequence[Work], rates: Rates, removed: Mapping[str, int]) -> float:
+def _seconds(sites: Sequence[Planned], work: Sequence[Work], rates: Rates, removed: Mapping[str, int]) -> float:
     """The time of the work and of the reductions, when each site removes so many tokens."""
     counts, total = [sites[0].tokens], 0.0
     for site, passage in walk(sites, lambda site, count: min(removed[site.id], site.cap(count))):
         counts.append(passage.leaving)
-        if passage.removed and site.reduce_at is not None:
+        if passage.removed:
             value = site.reduce_at.meta["val"]
             rows = math.prod(hint(size) for size in value.shape) / sites[0].tokens / site.dim
             free = passage.arriving - site.lead - site.tail
@@ -103,7 +103,6 @@ def _seconds(sites: Sequence[Site], work: Sequence[Work], rates: Rates, removed:
     return total + sum(item.flops * (counts[item.after] / counts[0]) ** item.exponent / rates.flops for item in work)
 
 
-def _device(site: Site) -> tuple[torch.device, torch.dtype]:
-    assert site.reduce_at is not None
+def _device(site: Planned) -> tuple[torch.device, torch.dtype]:
     value = site.reduce_at.meta["val"]
     return value.device, value.dtype

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 from tofu_fx.errors import OptionError
-from tofu_fx.plan.counts import streams, walk
+from tofu_fx.plan.counts import Passage, streams, walk
+from tofu_fx.plan.fit import rows_for
 from tofu_fx.plan.options import Options
-from tofu_fx.plan.plan import Plan
 from tofu_fx.plan.sketch import folds
-from tofu_fx.sites.site import Site
+from tofu_fx.sites.site import Placed, Planned, advanced
 
 DEFAULT_RATIO = 0.5
 
@@ -18,49 +19,53 @@ DEFAULT_RATIO = 0.5
 Decision = tuple[str, str, int]
 
 
-def schedule(sites: Sequence[Site], options: Options) -> None:
-    """Decide ``strategy``, ``match``, ``r``, ``tokens_in`` and ``tokens_out`` of the matched sites, in graph order.
+def schedule(sites: Sequence[Placed], options: Options) -> list[Planned]:
+    """Decide of each site, in graph order, how many tokens go and how.
 
     Raises:
         OptionError: when ``r`` lists another number of sites than the graph has.
         PlanError: when the plan is of another graph, or takes more tokens than it can.
     """
-    matched = [site for site in sites if site.matched]
-    for site in matched:
-        site.cell, site.seed = options.cell, 0 if options.seed is None else options.seed + 1
-    if options.plan is not None:
-        cells = {row.id: row.cell for row in Plan.load(options.plan).sites}
-        for site in matched:
-            site.cell = cells.get(site.id) or site.cell
-    decisions = _from_plan(matched, options) if options.plan is not None else _from_options(matched, options)
-    decided = {site.id: decision for site, decision in zip(matched, decisions, strict=True)}
-
-    def decide(site: Site, count: int) -> int:
-        strategy, match, r = decided[site.id]
-        cap = site.cap(count)
-        if r > cap and site.cells:
-            free = count - site.lead - site.tail
-            site.notes.append(
-                f"r = {r} capped at {cap}: of {free} tokens one in each cell of {site.cell} x {site.cell} stays, so a "
-                f"ratio of {cap / free:.2f} is the most; a larger 'cell' allows more"
-            )
-        elif r > cap:
-            site.notes.append(f"r = {r} capped at {cap}: {count} tokens, {site.lead + site.tail} of them protected")
-        site.strategy, site.match, site.r = strategy, match, min(r, cap)
-        return site.r
-
-    for site, passage in walk(matched, decide):
-        site.tokens_in, site.tokens_out = passage.arriving, passage.leaving
+    cells = {} if options.plan is None else {row.id: row.cell for row in options.plan.sites}
+    seed = 0 if options.seed is None else options.seed + 1
+    whole = [
+        advanced(
+            Planned, site, cell=cells.get(site.id) or options.cell, seed=seed,
+            tokens_in=site.tokens, tokens_out=site.tokens,
+        )
+        for site in sites
+    ]  # fmt: skip
+    decisions, notes = _from_plan(whole, options) if options.plan is not None else (_from_options(whole, options), [])
+    whole[:1] = [replace(site, notes=(*site.notes, *notes)) for site in whole[:1]]
+    decided = {site.id: decision for site, decision in zip(whole, decisions, strict=True)}
+    counted = walk(whole, lambda site, count: min(decided[site.id][2], site.cap(count)))
+    return [_planned(site, decided[site.id], passage) for site, passage in counted]
 
 
-def _from_plan(matched: Sequence[Site], options: Options) -> list[Decision]:
-    rows, notes = Plan.load(options.plan).rows_for(matched)
-    if matched:
-        matched[0].notes.extend(notes)
-    return [(row.strategy, row.match, row.r) for row in rows]
+def _planned(site: Planned, decision: Decision, passage: Passage) -> Planned:
+    strategy, match, r = decision
+    notes, count, cap = site.notes, passage.arriving, site.cap(passage.arriving)
+    if r > cap and site.cells:
+        free = count - site.lead - site.tail
+        notes = (
+            *notes,
+            f"r = {r} capped at {cap}: of {free} tokens one in each cell of {site.cell} x {site.cell} stays, so a "
+            f"ratio of {cap / free:.2f} is the most; a larger 'cell' allows more",
+        )
+    elif r > cap:
+        notes = (*notes, f"r = {r} capped at {cap}: {count} tokens, {site.lead + site.tail} of them protected")
+    return replace(
+        site, strategy=strategy, match=match, r=passage.removed, notes=notes,
+        tokens_in=count, tokens_out=passage.leaving,
+    )  # fmt: skip
 
 
-def _from_options(matched: Sequence[Site], options: Options) -> list[Decision]:
+def _from_plan(sites: Sequence[Planned], options: Options) -> tuple[list[Decision], list[str]]:
+    rows, notes = rows_for(options.plan, sites)
+    return [(row.strategy, row.match, row.r) for row in rows], notes
+
+
+def _from_options(matched: Sequence[Planned], options: Options) -> list[Decision]:
     if isinstance(options.r, tuple) and len(options.r) != len(matched):
         raise OptionError(f"option 'r' lists {len(options.r)} layers, the graph has {len(matched)} attention sites")
     decided: dict[str, Decision] = {}
@@ -73,12 +78,12 @@ def _from_options(matched: Sequence[Site], options: Options) -> list[Decision]:
     return [decided[site.id] for site in matched]
 
 
-def _groups(matched: Sequence[Site]) -> list[list[Site]]:
+def _groups(matched: Sequence[Planned]) -> list[list[Planned]]:
     """The sites of each stream, and all those that reduce branches: each of these has all tokens again behind it."""
     return streams(matched, lambda site, _: "branch" if site.placement == "branch" else site.stream)
 
 
-def _wanted(members: Sequence[Site], matched: Sequence[Site], options: Options) -> list[int]:
+def _wanted(members: Sequence[Planned], matched: Sequence[Planned], options: Options) -> list[int]:
     if isinstance(options.r, tuple):
         return [options.r[matched.index(site)] for site in members]
     if options.r is not None:
@@ -95,7 +100,7 @@ def spread(tokens: int, ratio: float, layers: int) -> list[int]:
     return [b - a for a, b in itertools.pairwise(gone)]
 
 
-def default_match(site: Site) -> str:
+def default_match(site: Planned) -> str:
     """What a site's tokens are compared by where nobody says: the keys; ahead of an attention there are none yet."""
     if site.placement == "stream":
         return "keys"

@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tofu_fx.plan.counts import stream_of, walk
-from tofu_fx.plan.plan import Calibration, Figures, Plan, PlanRow, Spread
-from tofu_fx.report.figure import GREY, INK, LOOKS, new_figure, save_figure
+from tofu_fx.plan.figure import GREY, INK, LOOKS, new_figure, save_figure
+from tofu_fx.plan.records import Calibration, Figures, PlanRecord, PlanRow, Spread
 from tofu_fx.wording import printable
 
 #: more sites than this have no room for a number beside each
@@ -36,12 +36,12 @@ class Step:
         return self.row.strategy if self.row.r else "none"
 
 
-def follow_tokens(plan: Plan) -> list[Step]:
+def follow_tokens(plan: PlanRecord) -> list[Step]:
     """The token counts at each site, in the order of the rows (see ``tofu_fx.plan.counts``)."""
     return [Step(row, passage.arriving, passage.leaving) for row, passage in walk(plan.sites, lambda row, _: row.r)]
 
 
-def plan_table(plan: Plan) -> Table:
+def plan_table(plan: PlanRecord) -> Table:
     """The plan as a rich table: a row a site. What no row knows (a plan made by hand has no scores) has no column.
 
     Linearity stands in two lines, between samples over between the tokens that would be merged: this way the table is
@@ -74,7 +74,7 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
-def differences(a: Plan, b: Plan) -> list[tuple[str, str, str]]:
+def differences(a: PlanRecord, b: PlanRecord) -> list[tuple[str, str, str]]:
     """For each site that differs: its id, and what each plan does there ("" where it has no such site).
 
     A site is the same where graph, id, heads and width are. The strategy of a row that takes no token decides nothing,
@@ -94,7 +94,7 @@ def differences(a: Plan, b: Plan) -> list[tuple[str, str, str]]:
     return found
 
 
-def plan_diff(a: Plan, b: Plan, names: tuple[str, str] = ("a", "b")) -> Table:
+def plan_diff(a: PlanRecord, b: PlanRecord, names: tuple[str, str] = ("a", "b")) -> Table:
     """The sites at which two plans differ, as a rich table of no rows where there is none.
 
     Args:
@@ -120,7 +120,7 @@ def plan_diff(a: Plan, b: Plan, names: tuple[str, str] = ("a", "b")) -> Table:
     return table
 
 
-def draw_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
+def draw_plan(plan: PlanRecord, path: str | os.PathLike[str]) -> None:
     """Draw a plan: linearity, tokens and strategy, and predicted error, for each site from the first layer to the last.
 
     Args:
@@ -211,7 +211,7 @@ def _decision(row: PlanRow) -> str:
     return f"{row.tokens} tokens: " + (f"{row.strategy} {row.r} by {row.match}" if row.r else "none goes")
 
 
-def _title(plan: Plan) -> str:
+def _title(plan: PlanRecord) -> str:
     name = plan.model or "plan"
     calibration = plan.calibration
     if calibration is None:
@@ -224,7 +224,7 @@ def _title(plan: Plan) -> str:
     return "\n".join(said)
 
 
-def _caption(plan: Plan) -> str:
+def _caption(plan: PlanRecord) -> str:
     calibration = plan.calibration
     if calibration is None:
         return ""

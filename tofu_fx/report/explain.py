@@ -12,14 +12,15 @@ from rich.table import Table
 from rich.text import Text
 from torch.fx import GraphModule
 
-from tofu_fx.backend import Outcome, refuse_pipeline, rewrite, run_once
+from tofu_fx.backend import refuse_pipeline, rewrite, run_once
 from tofu_fx.calibration.batches import Batch
 from tofu_fx.plan.counts import stream_of
 from tofu_fx.plan.flops import count_flops
 from tofu_fx.plan.options import Options
-from tofu_fx.plan.plan import Plan, PlanRow
-from tofu_fx.sites.site import Site
-from tofu_fx.summary import summarise
+from tofu_fx.plan.plan import Plan
+from tofu_fx.plan.records import PlanRow
+from tofu_fx.sites.site import Planned, Site, ever_planned
+from tofu_fx.summary import Outcome, summarise
 from tofu_fx.wording import printable
 
 
@@ -212,25 +213,29 @@ def _report(outcome: Outcome, number: int) -> GraphReport:
     compilation = outcome.compilation
     if compilation is None or compilation.before is None:
         return GraphReport(outcome.message, [], [], "", "", 0, 0, {}, {}, [], outcome.state)
-    rows = [PlanRow.of(s, number) for s in compilation.sites if s.planned]
+    rows = [PlanRow.of(site, number) for site in ever_planned(compilation.sites)]
     after = compilation.gm if compilation.reducing else compilation.before
     return GraphReport(
         outcome.message,
-        [_row(site, number, stream_of(site, place)) for place, site in enumerate(compilation.sites)],
+        [_row(site, number, place) for place, site in enumerate(compilation.sites)],
         [str(barrier) for barrier in compilation.barriers] if compilation.reducing else [],
         compilation.before.print_readable(print_output=False),
         after.print_readable(print_output=False),
         count_flops(compilation.before.graph),
         count_flops(after.graph),
         compilation.seconds,
-        compilation.axes.unknown_ops if compilation.axes else {},
+        compilation.axes.unknown_ops,
         rows,
         outcome.state,
     )
 
 
-def _row(site: Site, number: int, stream: Hashable) -> SiteRow:
-    reason = str(site.decline) if site.decline else ""
-    into, out = (site.tokens, site.tokens) if site.decline else (site.tokens_in, site.tokens_out)
-    strategy = "" if site.decline else site.strategy if site.r else "none"
-    return SiteRow(number, site.id, site.module_path, site.heads, into, out, strategy, site.r, reason, stream)
+def _row(site: Site, number: int, place: int) -> SiteRow:
+    into = out = site.tokens
+    stream: Hashable = None
+    strategy, (planned, *_) = "", (*ever_planned([site]), None)
+    if isinstance(site, Planned):
+        into, out, strategy = site.tokens_in, site.tokens_out, site.strategy if site.r else "none"
+        stream = stream_of(site, place)
+    r, reason = planned.r if planned else 0, str(site.decline or "")
+    return SiteRow(number, site.id, site.module_path, site.heads, into, out, strategy, r, reason, stream)

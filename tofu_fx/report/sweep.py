@@ -25,10 +25,10 @@ from tofu_fx.calibration.timing import call_with, compile_variant, device_name, 
 from tofu_fx.calibration.trial import Trial
 from tofu_fx.calibration.uniform import UNIFORM, uniform_plans
 from tofu_fx.errors import CalibrationError, TofuError
+from tofu_fx.plan.figure import GREY, INK, new_figure, save_figure
 from tofu_fx.plan.options import Options
 from tofu_fx.plan.plan import Plan
 from tofu_fx.report.explain import share_of_flops
-from tofu_fx.report.figure import GREY, INK, new_figure, save_figure
 from tofu_fx.wording import printable
 
 PLAIN, CALIBRATED = "plain", "calibrated"

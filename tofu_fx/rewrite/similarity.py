@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch.fx import Node
@@ -14,16 +13,14 @@ from tofu_fx.axes.tracer import AxisTracer
 from tofu_fx.fx.nodes import is_op, tensor_inputs
 from tofu_fx.plan.sketch import folds
 from tofu_fx.rewrite.companions import is_one, scores_dims
+from tofu_fx.rewrite.context import RewriteContext
 from tofu_fx.rewrite.layout import Layout, aten, shape_of
 from tofu_fx.rewrite.versions import Stream
 from tofu_fx.sites.masks import FAR_BELOW
-from tofu_fx.sites.site import Site
-
-if TYPE_CHECKING:
-    from tofu_fx.rewrite.rewriter import Rewriter
+from tofu_fx.sites.site import Planned
 
 
-def batch_of(tracer: AxisTracer, site: Site, axes: Axes) -> tuple[Atom, ...]:
+def batch_of(tracer: AxisTracer, site: Planned, axes: Axes) -> tuple[Atom, ...]:
     """The batch atoms: those that the stream shares with the attention's keys, tokens aside."""
     key = tracer.of(site.attention.key)
     positions, keys = key[site.attention.key_tokens], {atom for dim in key for atom in dim}
@@ -38,18 +35,18 @@ def batch_of(tracer: AxisTracer, site: Site, axes: Axes) -> tuple[Atom, ...]:
 
 
 @dataclass(frozen=True)
-class Metric:
-    """The metric of one site, at the version that its stream has there."""
+class Similarity:
+    """What one site compares tokens by, at the version that its stream has there."""
 
-    rewriter: Rewriter
-    site: Site
+    context: RewriteContext
+    site: Planned
     stream: Stream
     version: int
     #: the tokens themselves, ``[B, N, C]``
     x: Node
 
     def node(self, kind: str) -> Node:
-        """Append the metric, ``[B, N, M]``; with padding, ``[B, N, M + 1]``.
+        """Append what tokens are compared by, ``[B, N, M]``; with padding, ``[B, N, M + 1]``.
 
         Args:
             kind: "keys" (averaged over the heads: the paper's), "heads" (the keys of all heads side by side),
@@ -59,7 +56,7 @@ class Metric:
         attention = self.site.attention
         if kind in ("features", "sketch"):
             return self._apart(self._folded(self._features()) if kind == "sketch" else self._features())
-        emit, stream = self.rewriter.emit, self.stream
+        emit, stream = self.context.emit, self.stream
         node, run = self._vectors(attention.key, attention.key_tokens, attention.key_features, kind == "keys")
         node = stream.trim(emit, node, run)
         if kind == "queries_keys":
@@ -69,7 +66,7 @@ class Metric:
         return self._apart(node)
 
     def _features(self) -> Node:
-        return self.rewriter.emit.call(aten.layer_norm.default, self.x, [self.x.meta["val"].shape[2]])
+        return self.context.emit.call(aten.layer_norm.default, self.x, [self.x.meta["val"].shape[2]])
 
     def _folded(self, node: Node) -> Node:
         """Runs of neighbouring channels summed with alternating signs: `folds` says how many each, 1 leaves them alone.
@@ -77,7 +74,7 @@ class Metric:
         The hashes of this count sketch are the places of the channels: these have no order of their own, and a fixed
         one gives the same matches on every run.
         """
-        emit, fold = self.rewriter.emit, folds(node.meta["val"].shape[2])
+        emit, fold = self.context.emit, folds(node.meta["val"].shape[2])
         if fold == 1:
             return node
         runs = emit.call(aten.unfold.default, node, 2, fold, fold)
@@ -88,23 +85,23 @@ class Metric:
         return emit.call(aten.sub.Tensor, even, odd)
 
     def _apart(self, node: Node) -> Node:
-        """A metric over the stream's tokens with padding, if there may be any, kept apart from the rest."""
+        """Vectors of the stream's tokens with padding, if there may be any, kept apart from the rest."""
         if not self.site.padding:
             return node
-        emit = self.rewriter.emit
+        emit = self.context.emit
         valid = self.stream.trim(emit, self._valid(), self._keys_run())
         return emit.call(torch.ops.tofu.separate.default, node, valid)
 
     def _keys_run(self) -> Atom:
         """The run of tokens that the keys are of: the stream's, where they were made before the stream starts."""
         attention = self.site.attention
-        axes = self.rewriter.tracer.of(attention.key)
+        axes = self.context.tracer.of(attention.key)
         atoms = token_atoms((axes[attention.key_tokens % len(axes)],))
         return atoms[0] if atoms else self._first_run(attention.key, attention.key_tokens)
 
     def _first_run(self, source: Node, place: int) -> Atom:
         """The run of keys or queries from before the stream starts: its own, and null tokens at the ends."""
-        tracer, attention, run = self.rewriter.tracer, self.site.attention, self.stream.run
+        tracer, attention, run = self.context.tracer, self.site.attention, self.stream.run
         own = tracer.space.flat(tracer.of(attention.query)[attention.query_tokens])
         other = tracer.space.flat(tracer.of(source)[place])
         if own is None or other is None or own.base is not other.base:
@@ -113,34 +110,34 @@ class Metric:
 
     def _vectors(self, source: Node, place: int, feature: int, mean_heads: bool) -> tuple[Node, Atom]:
         """Queries or keys as ``[B, N, M]``, and the run of tokens that they are of."""
-        stream, version, rewriter = self.stream, self.version, self.rewriter
-        axes = list(rewriter.tracer.of(source))
+        stream, version, context = self.stream, self.version, self.context
+        axes = list(context.tracer.of(source))
         place, feature = (d % len(axes) for d in (place, feature))
-        now = rewriter.native.get(source, 0)
-        node = rewriter.env[source, now] if now else rewriter.ahead(source)
+        now = context.native.get(source, 0)
+        node = context.env[source, now] if now else context.ahead(source)
         if not token_atoms((axes[place],)):
             axes[place] = (self._first_run(source, place),)
         run = axes[place][0]
-        if rewriter.native.get(source, 0) != version:
+        if context.native.get(source, 0) != version:
             raise Barrier("the keys are not of the tokens that are reduced")
         if any(len(dim) > 1 and i not in (place, feature) for i, dim in enumerate(axes)):  # bmm: [B*H, N, D]
             apart = [[d] if i in (place, feature) else [(atom,) for atom in d] for i, d in enumerate(axes)]
             place, feature = (sum(map(len, apart[:i])) for i in (place, feature))
             axes = [dim for dims in apart for dim in dims]
-            node = rewriter.emit.call(
-                aten.reshape.default, node, shape_of(rewriter.emit, axes, stream.count(rewriter.emit, version, run))
+            node = context.emit.call(
+                aten.reshape.default, node, shape_of(context.emit, axes, stream.count(context.emit, version, run))
             )
         heads = [i for i, d in enumerate(axes) if i not in (place, feature) and not any(a in stream.batch for a in d)]
         if heads and mean_heads:
-            node = rewriter.emit.call(aten.mean.dim, node, heads)
+            node = context.emit.call(aten.mean.dim, node, heads)
             axes = [dim for i, dim in enumerate(axes) if i not in heads]
             place -= sum(i < place for i in heads)
         layout = Layout(tuple(axes), place, stream.batch)
-        return layout.to_canonical(rewriter.emit, node, stream.count(rewriter.emit, version, run)), run
+        return layout.to_canonical(context.emit, node, stream.count(context.emit, version, run)), run
 
     def _valid(self) -> Node:
         """Which of the keys are no padding, ``[B or 1, N, 1]`` bool: blank scores show it, as in ``Masks``."""
-        attention, emit, tracer = self.site.attention, self.rewriter.emit, self.rewriter.tracer
+        attention, emit, tracer = self.site.attention, self.context.emit, self.context.tracer
         if attention.mask is not None:
             dims = scores_dims(tracer, attention.node)
             seen = self._aside(attention.node, attention.mask)
@@ -149,9 +146,9 @@ class Metric:
             return self._over_keys(self._visible(seen, dims), dims, len(dims) - 1)
         way, after = attention.way, attention.after
         dims, place = tracer.of(way[-1]), attention.softmax_dim % len(tracer.of(way[-1]))
-        version = self.rewriter.native.get(way[0], 0)
+        version = self.context.native.get(way[0], 0)
         # Only their shape is read: what compiles the graph drops the product, if it is made for that alone.
-        scores = self.rewriter.env[way[0], version] if version else self.rewriter.ahead(way[0])
+        scores = self.context.env[way[0], version] if version else self.context.ahead(way[0])
         blank = emit.call(aten.zeros_like.default, scores)
         if is_op(way[0], "baddbmm"):
             blank = emit.call(aten.add.Tensor, blank, self._aside(way[0], tensor_inputs(way[0])[0]))
@@ -163,21 +160,21 @@ class Metric:
 
     def _aside(self, consumer: Node, value: Node) -> Node:
         """An operand that joins the scores, at the version of the keys."""
-        if self.rewriter.native.get(value, 0):
-            return self.rewriter.at(value, self.version)
+        if self.context.native.get(value, 0):
+            return self.context.at(value, self.version)
         newest = {self.stream.run.base.stream: self.version}
-        rebased = self.rewriter.companions.rebased(consumer, newest) if self.version else {}
-        return rebased[value] if value in rebased else self.rewriter.ahead(value)
+        rebased = self.context.companions.rebased(consumer, newest) if self.version else {}
+        return rebased[value] if value in rebased else self.context.ahead(value)
 
     def _along(self, way: tuple[Node, ...], value: Node) -> Node:
         """Append the ops of a way again, for another tensor at its start."""
         for before, node in itertools.pairwise(way):
             mapping = {other: self._aside(node, other) for other in tensor_inputs(node) if other is not before}
-            value = self.rewriter.copy(node, {**mapping, before: value})
+            value = self.context.copy(node, {**mapping, before: value})
         return value
 
     def _visible(self, logits: Node, dims: tuple[Dim, ...]) -> Node:
-        emit, batch = self.rewriter.emit, self.stream.batch
+        emit, batch = self.context.emit, self.stream.batch
         if logits.meta["val"].dtype == torch.bool:
             return logits
         inner = [i for i, dim in enumerate(dims) if not any(atom in batch for atom in dim)]
@@ -186,7 +183,7 @@ class Metric:
 
     def _over_keys(self, node: Node, dims: tuple[Dim, ...], place: int) -> Node:
         """Flags over (a part of) ``dims`` -> ``[B or 1, N, 1]``: whether any query of any head has the flag."""
-        emit, batch = self.rewriter.emit, self.stream.batch
+        emit, batch = self.context.emit, self.stream.batch
         mixed = [i for i, dim in enumerate(dims) if any(a in batch for a in dim) and any(a not in batch for a in dim)]
         if any(not is_one(node.meta["val"].shape[i]) for i in mixed):
             count = emit.call(aten.sym_size.int, node, place)

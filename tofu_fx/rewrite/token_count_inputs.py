@@ -23,10 +23,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-from tofu_fx.compilation import Compilation
 from tofu_fx.errors import Unsupported
 from tofu_fx.rewrite.layout import Count
-from tofu_fx.sites.site import Site
+from tofu_fx.sites.site import Planned
 
 _COUNT = "tokens_"
 
@@ -50,14 +49,17 @@ def faking(fake_mode: FakeTensorMode) -> Iterator[None]:
 class InputFakes:
     """Copies the sources of a graph into the rewritten one, in the fake mode that it is to have (inside ``faking``)."""
 
-    def __init__(self, compilation: Compilation) -> None:
-        nodes = compilation.gm.graph.find_nodes(op="placeholder")
-        anywhere = compilation.rehearsed is not None
-        compilation.shared_kernels = compilation.shared_kernels and all(_can_share(node, anywhere) for node in nodes)
-        if anywhere and not compilation.shared_kernels:
+    def __init__(self, gm: GraphModule, wanted: bool, any_device: bool = False) -> None:
+        """Decide whether token counts are inputs: if that is ``wanted``, and possible with what the graph is given.
+
+        Raises:
+            Unsupported: on ``any_device`` they must be, and cannot.
+        """
+        nodes = gm.graph.find_nodes(op="placeholder")
+        self.shared = wanted and all(_can_share(node, any_device) for node in nodes)
+        if any_device and not self.shared:
             raise Unsupported("its inputs have symbolic sizes, or are no tensors: calibrate with fixed shapes")
-        self.shared = compilation.shared_kernels
-        self.fake_mode = FakeTensorMode(shape_env=ShapeEnv()) if self.shared else fake_mode_of(compilation.gm)
+        self.fake_mode = FakeTensorMode(shape_env=ShapeEnv()) if self.shared else fake_mode_of(gm)
 
     def copy(self, graph: Graph, node: Node) -> Node:
         """A placeholder or constant of the old graph in the new one, with Dynamo's notes on it."""
@@ -72,8 +74,8 @@ class InputFakes:
             new.meta["val"] = fake.requires_grad_(node.meta.get("example_value", value).requires_grad)
         return new
 
-    def token_count(self, graph: Graph, site: Site) -> Count:
-        """The token count behind a site: a number, or an input of the graph that stands for it."""
+    def token_count(self, graph: Graph, site: Planned) -> Count:
+        """The token count after a site: a number, or an input of the graph that stands for it."""
         if not self.shared:
             return site.tokens_out
         source: Any = ConstantSource(f"tofu_tokens_{site.id}")

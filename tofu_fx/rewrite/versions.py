@@ -20,8 +20,6 @@ from tofu_fx.rewrite.layout import Count, Emitter, Layout, aten
 
 tofu = torch.ops.tofu
 _END = 2**63 - 1
-#: instead of a strategy: no token goes, all change places (for the proof that nothing depends on where they stand)
-SHUFFLE = "shuffle"
 
 
 @dataclass(frozen=True)
@@ -67,25 +65,19 @@ class Stream:
         self,
         emit: Emitter,
         x: Node,
-        metric: Node,
+        write: Callable[[Node, Count], Node],
         strategy: str,
         count: Count,
-        seed: int,
         additive: bool,
-        cells: tuple[int, ...] = (),
     ) -> Version:
-        """Append the fused node that makes the next version of ``x`` ``[B, N, C]``, of ``count`` tokens.
+        """Append what makes the next version of ``x`` ``[B, N, C]``, of ``count`` tokens.
 
-        ``cells`` is the operator's grid.
+        ``write`` appends the operator, from the tokens' sizes and the number that go; features of the same tokens
+        from before it follow by ``strategy``.
         """
         size = self.size(emit, self.newest, x)
-        lead, tail = self.run.lead, self.run.tail
-        grid = [list(cells)] if cells else []
-        if strategy == SHUFFLE:
-            fused = emit.call(tofu.permute_tokens.default, x, size, seed, lead, tail)
-        else:
-            gone = emit.arithmetic(operator.sub, self.count(emit, self.newest, self.run), count)
-            fused = emit.call(tofu.fuse_tokens.default, x, metric, size, gone, strategy, lead, tail, *grid)
+        gone = emit.arithmetic(operator.sub, self.count(emit, self.newest, self.run), count)
+        fused = write(size, gone)
         merged, new_size, assignment, kept = (emit.call(operator.getitem, fused, i) for i in range(4))
         version = Version(strategy, count, size, new_size, assignment, kept, x, merged, additive)
         self.versions.append(version)
@@ -155,7 +147,7 @@ class Stream:
         """Features of the version before -> ``version``, by the same merge."""
         step = self.versions[version - 1]
         x = layout.to_canonical(emit, node, self.count(emit, version - 1, layout.atom))
-        merges = step.strategy != SHUFFLE and x.meta["val"].is_floating_point()
+        merges = x.meta["val"].is_floating_point()
         strategy = step.strategy if merges else "prune"  # what is no feature (a flag, an index) follows the survivor
         merge = _caller(emit, tofu.rebase.default, step.size_before, step.assignment, step.kept, strategy)
         x = self._on_own_run(emit, x, layout.atom, merge)

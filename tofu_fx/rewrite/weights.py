@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch.fx import Node
@@ -10,79 +10,78 @@ from torch.fx import Node
 from tofu_fx.axes.atoms import Barrier, token_atoms
 from tofu_fx.fx.nodes import argument, is_op
 from tofu_fx.rewrite.companions import scores_dims
+from tofu_fx.rewrite.context import RewriteContext
 from tofu_fx.rewrite.layout import Emitter, align, aten
 from tofu_fx.sites.masks import sides
-
-if TYPE_CHECKING:
-    from tofu_fx.rewrite.rewriter import Rewriter
+from tofu_fx.sites.site import Declined
 
 
-def weighted(rewriter: Rewriter, node: Node, value: Any, newest: dict[int, int]) -> Any:
+def weighted(context: RewriteContext, node: Node, value: Any, newest: dict[int, int]) -> Any:
     """The input of a pooling over tokens, weighted by size: sum(x) -> sum(size x), mean(x) -> sum(size x) / N.
 
     ``mean`` divides by the tokens there are, so its weights are size / mean size.
     """
     source = node.args[0]
     assert isinstance(source, Node)
-    stream, layout = rewriter.stream_of(source), rewriter.layout(source)
+    stream, layout = context.stream_of(source), context.layout(source)
     assert stream is not None
-    version = newest[rewriter.number(source)]
-    sizes = stream.sizes_of(rewriter.emit, version, layout.atom)
-    weights = align(rewriter.emit, sizes, layout.axes, layout.tokens, stream.batch)
-    if rewriter.tracer.pools[node] == "mean":
+    version = newest[context.number(source)]
+    sizes = stream.sizes_of(context.emit, version, layout.atom)
+    weights = align(context.emit, sizes, layout.axes, layout.tokens, stream.batch)
+    if context.tracer.pools[node] == "mean":
         # Sizes add up to the tokens there were, so their mean is what there were for each that there is.
-        weights = rewriter.emit.call(
-            aten.div.Tensor, weights, rewriter.emit.call(aten.mean.dim, weights, [layout.tokens], True)
+        weights = context.emit.call(
+            aten.div.Tensor, weights, context.emit.call(aten.mean.dim, weights, [layout.tokens], True)
         )
-    weights = rewriter.emit.call(aten.to.dtype, weights, value.meta["val"].dtype)
-    return rewriter.emit.call(aten.mul.Tensor, value, weights)
+    weights = context.emit.call(aten.to.dtype, weights, value.meta["val"].dtype)
+    return context.emit.call(aten.mul.Tensor, value, weights)
 
 
-def attention_bias(rewriter: Rewriter, node: Node, mapping: dict[Any, Any], newest: dict[int, int]) -> Node | None:
+def attention_bias(context: RewriteContext, node: Node, mapping: dict[Any, Any], newest: dict[int, int]) -> Node | None:
     """Proportional attention: log(size) of the keys, shaped for the scores. None where it has no place."""
-    if rewriter.compilation.options.proportional_attention is False:
+    if not context.proportional:
         return None
     if is_op(node, "scaled_dot_product_attention"):
-        dims = scores_dims(rewriter.tracer, node)
+        dims = scores_dims(context.tracer, node)
         place = len(dims) - 1
-    elif node in rewriter.tracer.attention_nodes and is_op(node, "softmax", "_softmax"):
-        dims = rewriter.tracer.of(node)
+    elif node in context.tracer.attention_nodes and is_op(node, "softmax", "_softmax"):
+        dims = context.tracer.of(node)
         place = int(argument(node, "dim")) % len(dims)
     else:
         return None
     if not token_atoms((dims[place],)):
         return None
     run = dims[place][0]
-    stream, version = rewriter.streams.get(run.base.stream), newest.get(run.base.stream, 0)
+    stream, version = context.streams.get(run.base.stream), newest.get(run.base.stream, 0)
     if stream is None or version == 0:
         return None
     if len(dims[place]) > 1:
         raise Barrier("the keys are tokens that are merged with another axis")
     first: Any = argument(node, "query") if is_op(node, "scaled_dot_product_attention") else node.args[0]
-    dtype = rewriter.mapped(first, mapping).meta["val"].dtype
-    return align(rewriter.emit, stream.log_size(rewriter.emit, version, run, dtype), dims, place, stream.batch)
+    dtype = context.mapped(first, mapping).meta["val"].dtype
+    return align(context.emit, stream.log_size(context.emit, version, run, dtype), dims, place, stream.batch)
 
 
-def biased_scores(rewriter: Rewriter, node: Node, scores: Node, bias: Node) -> Node:
+def biased_scores(context: RewriteContext, node: Node, scores: Node, bias: Node) -> Node:
     """The input of an attention's softmax with the bias added.
 
     A query that sees no key (padding, where masks are of pairs) has the lowest number there is at every key, so that it
     sees all alike; what is added to that is lost in rounding. The softmax sees differences only, so such scores are
     brought up to zero first.
     """
-    if _hides(rewriter, node):
-        top = rewriter.emit.call(aten.amax.default, scores, [int(argument(node, "dim"))], True)
-        scores = rewriter.emit.call(aten.sub.Tensor, scores, rewriter.emit.call(aten.detach.default, top))
-    return cast("Node", rewriter.emit.call(aten.add.Tensor, scores, bias))
+    if _hides(context, node):
+        top = context.emit.call(aten.amax.default, scores, [int(argument(node, "dim"))], True)
+        scores = context.emit.call(aten.sub.Tensor, scores, context.emit.call(aten.detach.default, top))
+    return cast("Node", context.emit.call(aten.add.Tensor, scores, bias))
 
 
-def biased_attention(rewriter: Rewriter, node: Node, mapping: dict[Node, Any], bias: Node) -> Any:
+def biased_attention(context: RewriteContext, node: Node, mapping: dict[Node, Any], bias: Node) -> Any:
     """The fused op with the bias in its mask."""
-    mask, emit = argument(node, "attn_mask"), rewriter.emit
-    query, key, value = (rewriter.mapped(argument(node, name), mapping) for name in ("query", "key", "value"))
+    mask, emit = argument(node, "attn_mask"), context.emit
+    query, key, value = (context.mapped(argument(node, name), mapping) for name in ("query", "key", "value"))
     if mask is not None:
-        hides = _hides(rewriter, node)
-        mask = rewriter.mapped(mask, mapping)
+        hides = _hides(context, node)
+        mask = context.mapped(mask, mapping)
         if mask.meta["val"].dtype == torch.bool:
             bias = emit.call(aten.where.ScalarOther, mask, bias, float("-inf"))
         else:
@@ -107,9 +106,10 @@ def _seeing(emit: Emitter, query: Node, mask: Node) -> tuple[Node, Node]:
     return emit.call(aten.where.ScalarSelf, blind, 0.0, query), mask
 
 
-def _hides(rewriter: Rewriter, node: Node) -> bool:
+def _hides(context: RewriteContext, node: Node) -> bool:
     """Whether the masks of an attention may hide all keys from a query: for a site it was judged, else it may be."""
-    for site in rewriter.compilation.sites:
+    for site in context.sites:
         if node in (site.attention.node, site.attention.softmax):
-            return (site.padding or not site.matched) and any(s.meta["val"].numel() != 1 for s in sides(site.attention))
+            may = isinstance(site, Declined) or site.padding
+            return may and any(side.meta["val"].numel() != 1 for side in sides(site.attention))
     return True

@@ -21,8 +21,8 @@ from tofu_fx.axes.atoms import Atom, Axes
 from tofu_fx.axes.tracer import AxisTracer
 from tofu_fx.fx.nodes import is_op, tensor_inputs
 from tofu_fx.sites.attention import PRODUCTS
-from tofu_fx.sites.residual import descendants, image_of, protected, token_places
-from tofu_fx.sites.site import Branch, Decline, Site
+from tofu_fx.sites.residual import descendants, image_of, protected, token_places, too_few
+from tofu_fx.sites.site import Branch, Decline, Declined, Found, Placed, advanced
 
 _COPIES = ("to", "_to_copy", "type_as", "alias", "dropout", "contiguous", "clone", "detach")
 _STREAM = ("layer_norm", "rms_norm", *_COPIES)
@@ -31,14 +31,14 @@ _WORK = (*PRODUCTS, "linear", "addmm", "scaled_dot_product_attention", "conv1d",
 
 
 def place_branches(
-    site: Site,
+    site: Found,
     plain: AxisTracer,
     order: Mapping[Node, int],
     kinds: Collection[str],
     others: Collection[Node],
     grid: tuple[int, int] | None = None,
-) -> None:
-    """Find the branches of a site's block, or decline the site.
+) -> Placed | Declined:
+    """The site with the branches of its block, or why it has none.
 
     Args:
         site: an attention over tokens.
@@ -51,27 +51,32 @@ def place_branches(
     attention = site.attention
     queries = plain.space.flat(plain.of(attention.query)[attention.query_tokens])
     if queries is None or queries.size < 2:
-        site.decline = Decline("there is one token", attention.node)
-        return
+        return Declined(site, Decline("there is one token", attention.node))
     for tokens in _by_preference(queries, plain, grid):
         found = _attention_branch(site, tokens, plain, order)
         if found is None:
             continue
         add, branch = found
         run = _run_of(branch.enter, tokens, plain)
-        site.placement, site.reduce_at, site.tokens, site.kinds = "branch", branch.enter, run.size, tuple(kinds)
-        site.lead, site.tail = _outside(run, tokens, plain)
-        site.image = image_of(tokens, site.free, plain)
-        site.grid = (1, *grid) if grid and grid[0] * grid[1] == site.free else site.image
-        site.branches = (branch, *_next_branches(add, tokens, run, plain, order, kinds, others))
-        if run.size - site.lead - site.tail < 2:
-            site.decline = Decline(
-                f"too few tokens: {run.size}, of which {site.lead + site.tail} are protected", branch.enter
-            )
-        return
-    site.decline = Decline(
-        "no add joins the attention with the tokens that its queries come from: the branch has no end", attention.node
-    )
+        lead, tail = _outside(run, tokens, plain)
+        free = run.size - lead - tail
+        image = image_of(tokens, free, plain)
+        place = advanced(
+            Placed,
+            site,
+            placement="branch",
+            reduce_at=branch.enter,
+            tokens=run.size,
+            kinds=tuple(kinds),
+            lead=lead,
+            tail=tail,
+            image=image,
+            grid=(1, *grid) if grid and grid[0] * grid[1] == free else image,
+            branches=(branch, *_next_branches(add, tokens, run, plain, order, kinds, others)),
+        )
+        return place if free >= 2 else too_few(place)
+    reason = "no add joins the attention with the tokens that its queries come from: the branch has no end"
+    return Declined(site, Decline(reason, attention.node))
 
 
 def _by_preference(queries: Atom, plain: AxisTracer, grid: tuple[int, int] | None) -> list[Atom]:
@@ -82,7 +87,7 @@ def _by_preference(queries: Atom, plain: AxisTracer, grid: tuple[int, int] | Non
 
 
 def _attention_branch(
-    site: Site, tokens: Atom, plain: AxisTracer, order: Mapping[Node, int]
+    site: Found, tokens: Atom, plain: AxisTracer, order: Mapping[Node, int]
 ) -> tuple[Node, Branch] | None:
     """The residual add of an attention, and its branch; None where there is none for these tokens."""
     node = site.attention.node
@@ -100,7 +105,7 @@ def _attention_branch(
     return None
 
 
-def _attended(site: Site) -> list[Node]:
+def _attended(site: Found) -> list[Node]:
     """The queries, keys and values of an attention."""
     attention = site.attention
     if attention.scores is None:

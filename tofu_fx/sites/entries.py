@@ -10,12 +10,13 @@ from torch.fx import Node
 
 from tofu_fx.axes.tracer import AxisTracer
 from tofu_fx.fx.nodes import is_op
-from tofu_fx.sites.site import Site
+from tofu_fx.sites.site import Placed
 
 
-def detach_entries(site: Site, plain: AxisTracer, others: Collection[Node]) -> None:
-    """Give the branches of a site entries of their own where others read them too: the residual of a post-norm block,
-    an MLP beside the attention that is to keep all tokens.
+def detach(site: Placed, plain: AxisTracer, others: Collection[Node]) -> Placed:
+    """The site with an entry of its own for each branch whose input others read, too.
+
+    That is the residual of a post-norm block, or an MLP beside the attention that is to keep all tokens.
 
     Appends ``aten.alias`` to the graph, with the axes of what it is an alias of.
     """
@@ -37,7 +38,7 @@ def detach_entries(site: Site, plain: AxisTracer, others: Collection[Node]) -> N
             plain.depends.add(alias)
             branch = replace(branch, enter=alias, inside=(branch.inside - {branch.enter}) | {alias})
         branches.append(branch)
-    site.branches, site.reduce_at = tuple(branches), branches[0].enter
+    return replace(site, branches=tuple(branches), reduce_at=branches[0].enter)
 
 
 def _read_apart(nodes: Sequence[Node], enter: Node) -> list[Node]:

@@ -11,40 +11,41 @@ from torch.fx import Node
 from tofu_fx.axes.atoms import Atom, hint
 from tofu_fx.axes.tracer import AxisTracer
 from tofu_fx.fx.nodes import argument, is_op
-from tofu_fx.sites.site import Attention, Decline, Site
+from tofu_fx.sites.site import Attention, Decline, Declined, Found, Placed, advanced
 
 _NEAR_THE_END = 16  # a token that the graph takes by its position this near an end is a prefix or suffix token
 _FAR = 200  # nodes: a block of the deepest model met has 60
 
 
-def place_site(site: Site, plain: AxisTracer, order: dict[Node, int]) -> None:
-    """Find the residual add of a site, or decline it."""
+def place_site(site: Found, plain: AxisTracer, order: dict[Node, int]) -> Placed | Declined:
+    """The site with its residual add, or why it has none."""
     attention = site.attention
     keys = plain.space.flat(plain.of(attention.query)[attention.query_tokens])
     if keys is None or keys.size < 2:
-        site.decline = Decline("there is one token", attention.node)
-        return
+        return Declined(site, Decline("there is one token", attention.node))
     reached = {attention.node}
     for node in sorted(descendants(attention.node, order), key=order.__getitem__):
         if not any(value in reached for value in node.all_input_nodes):
             continue
         if is_op(node, "add") and _joins_residual(node, reached, attention.query, plain):
-            if len(token_places(plain, node, keys)) == 1:
-                site.reduce_at = node
-                site.lead, site.tail = protected(keys, plain)
-                site.image = image_of(keys, site.free, plain)
-                if site.tokens - site.lead - site.tail < 2:
-                    site.decline = Decline(
-                        f"too few tokens: {site.tokens}, of which {site.lead + site.tail} are protected", node
-                    )
-                return
-            site.decline = Decline(_not_of_the_stream(site, node), node)
-            return
+            if len(token_places(plain, node, keys)) != 1:
+                return Declined(site, Decline(_not_of_the_stream(site, node), node))
+            lead, tail = protected(keys, plain)
+            free = site.tokens - lead - tail
+            place = advanced(Placed, site, reduce_at=node, lead=lead, tail=tail, image=image_of(keys, free, plain))
+            return place if free >= 2 else too_few(place)
         reached.add(node)
-    site.decline = Decline("no add joins the attention with the tokens that its queries come from", attention.node)
+    reason = "no add joins the attention with the tokens that its queries come from"
+    return Declined(site, Decline(reason, attention.node))
 
 
-def _not_of_the_stream(site: Site, node: Node) -> str:
+def too_few(site: Placed) -> Declined:
+    """The site declined, because what is not protected is one token or none."""
+    reason = f"too few tokens: {site.tokens}, of which {site.lead + site.tail} are protected"
+    return Declined(site, Decline(reason, site.reduce_at))
+
+
+def _not_of_the_stream(site: Found, node: Node) -> str:
     """Why the tokens of an attention are not those of the residual stream that its branch is added to."""
     shape = [hint(size) for size in node.meta["val"].shape]
     for sizes in (shape[1:-1], shape[2:]):  # channels last, channels first

@@ -1,10 +1,14 @@
-"""What the compiler knows of an attention: how it was recognised, and whether and how tokens are reduced after it."""
+"""What the compiler knows of an attention, in frozen stages: a pass returns the next stage and changes none.
+
+Found ──> Placed ──> Planned        each has all that the one before it had
+    └─────────┴──────────┴──> Declined  with the reason, and the stage that the site had reached
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 from torch.fx import Node
 
@@ -69,53 +73,78 @@ class Branch:
     place: int
 
 
-@dataclass
-class Site:
-    """An attention at which tokens may be reduced. Either ``decline`` is set, or ``reduce_at`` and what follows are.
-
-    ``placement`` "stream" reduces the residual stream behind the attention's add (``reduce_at``); "branch" reduces the
-    input of the attention (``reduce_at``), and of the other ``branches`` of its block with the same match. ``tokens``,
-    ``lead`` and ``tail`` are counts in the untouched graph, ``dim`` the width of all heads together; ``grid`` is
-    (frames, height, width) of the free tokens where they are an image's; ``r``, ``strategy`` and ``match`` are decided
-    by the plan; ``tokens_in`` and ``tokens_out`` are what the rewritten graph has there.
-    """
+@dataclass(frozen=True, eq=False)
+class Found:
+    """An attention over tokens (find_attention). ``dim`` is the width of all heads together."""
 
     id: str
     module_path: str
     attention: Attention
+    #: how many there are in the untouched graph
     tokens: int
     heads: int
     dim: int
-    decline: Decline | None = None
-    reduce_at: Node | None = None
-    lead: int = 0
-    tail: int = 0
-    stream: int = -1
+    #: whether a mask hides tokens from all others alike: these must not be merged with the ones that are seen
+    padding: bool = False
+    #: what is to be reported as a warning, beside any decision
+    notes: tuple[str, ...] = ()
+
+    @property
+    def matched(self) -> bool:
+        """Whether tokens can be reduced here."""
+        return True
+
+    @property
+    def decline(self) -> Decline | None:
+        """Why no token can be."""
+        return None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Placed(Found):
+    """A site whose tokens can be reduced, and where (choose_placement, detach_entries, follow_streams).
+
+    ``placement`` "stream" reduces the residual stream after the attention's add (``reduce_at``); "branch" reduces the
+    input of the attention (``reduce_at``), and of the other ``branches`` of its block with the same match. ``lead``
+    and ``tail`` count the protected tokens at either end; ``grid`` is (frames, height, width) of the free tokens where
+    they are an image's.
+    """
+
+    reduce_at: Node
+    lead: int
+    tail: int
     placement: Literal["stream", "branch"] = "stream"
+    stream: int = -1
     branches: tuple[Branch, ...] = ()
     #: the kinds of branches that were asked for, whether the block has them or not
     kinds: tuple[str, ...] = ()
     grid: tuple[int, int, int] | None = None
     #: the ``grid`` as far as the graph itself shows it
     image: tuple[int, int, int] | None = None
-    #: side of the grid's cells, each of which keeps a token, and the seed that picks it (0: the first one)
-    cell: int = 2
-    seed: int = 0
-    #: the site whose match this one uses; None where it has its own
-    shares: Site | None = None
+
+    @property
+    def free(self) -> int:
+        """Tokens that are not protected."""
+        return self.tokens - self.lead - self.tail
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Planned(Placed):
+    """A placed site, and how many tokens go there and how (plan_reductions, decline_unprofitable).
+
+    ``tokens_in`` and ``tokens_out`` are what the rewritten graph has there.
+    """
+
     strategy: str = "prune"
     match: str = "keys"
     r: int = 0
-    tokens_in: int = 0
-    tokens_out: int = 0
-    #: whether a mask hides tokens from all others alike: these must not be merged with the ones that are seen
-    padding: bool = False
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def matched(self) -> bool:
-        """Whether tokens can be reduced here."""
-        return self.decline is None
+    tokens_in: int
+    tokens_out: int
+    #: side of the grid's cells, each of which keeps a token, and the seed that picks it (0: the first one)
+    cell: int = 2
+    seed: int = 0
+    #: the id of the site whose match this one uses; None where it has its own
+    shares: str | None = None
 
     @property
     def cells(self) -> tuple[int, ...]:
@@ -133,36 +162,75 @@ class Site:
         # If every candidate must go, the one at the edge of the padding has to cross it.
         return max(free - 1, 0) // 2 if self.padding else free // 2
 
-    @property
-    def free(self) -> int:
-        """Tokens that are not protected."""
-        return self.tokens - self.lead - self.tail
+
+@dataclass(frozen=True, eq=False)
+class Declined:
+    """A site that is left alone: what was known of it by then, and why."""
+
+    site: Found
+    decline: Decline
 
     @property
-    def planned(self) -> bool:
-        """Whether the schedule decided about it; the rewriter may still have given it up afterwards."""
-        return self.tokens_in > 0
-
-
-@dataclass(frozen=True)
-class Rehearsed:
-    """One site in a graph that is rewritten for calibration.
-
-    ``fuse`` is its operator, ``metrics`` the nodes that it could compare tokens by. ``branch`` is what the block's next
-    branch adds to the stream, as ``[B, N, C]``, a function of the operator's first output ``[B, N, C]``; None where
-    there is none.
-    """
-
-    site: Site
-    fuse: Node
-    metrics: Mapping[str, Node]
-    branch: Node | None = None
+    def matched(self) -> bool:
+        """Whether tokens can be reduced here."""
+        return False
 
     @property
-    def merged(self) -> Node:
-        """The operator's first output: the reduced stream."""
-        return self.part(0)
+    def id(self) -> str:
+        """The site's name."""
+        return self.site.id
 
-    def part(self, place: int) -> Node:
-        """One of the operator's outputs."""
-        return next(user for user in self.fuse.users if user.args[1] == place)
+    @property
+    def module_path(self) -> str:
+        """The module that the attention is of."""
+        return self.site.module_path
+
+    @property
+    def attention(self) -> Attention:
+        """The attention."""
+        return self.site.attention
+
+    @property
+    def tokens(self) -> int:
+        """How many there are in the untouched graph."""
+        return self.site.tokens
+
+    @property
+    def heads(self) -> int:
+        """The attention's heads."""
+        return self.site.heads
+
+    @property
+    def dim(self) -> int:
+        """Width of all heads together."""
+        return self.site.dim
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is to be reported as a warning."""
+        return self.site.notes
+
+
+#: a site at whatever stage
+Site = Found | Placed | Planned | Declined
+S = TypeVar("S")
+
+
+def advanced(stage: type[S], earlier: Any, **facts: Any) -> S:
+    """The next stage of what is known: all that was known, and these facts."""
+    return stage(**{**vars(earlier), **facts})
+
+
+def placed(sites: Iterable[Site]) -> list[Placed]:
+    """The sites that have a place."""
+    return [site for site in sites if isinstance(site, Placed)]
+
+
+def planned(sites: Iterable[Site]) -> list[Planned]:
+    """The sites of which the schedule has decided, and that were not given up."""
+    return [site for site in sites if isinstance(site, Planned)]
+
+
+def ever_planned(sites: Iterable[Site]) -> list[Planned]:
+    """The sites of which the schedule has decided, those too that were given up afterwards."""
+    return planned(site.site if isinstance(site, Declined) else site for site in sites)

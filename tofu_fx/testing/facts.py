@@ -14,19 +14,19 @@ from tofu_fx.axes.atoms import Atom, Axes
 from tofu_fx.axes.tracer import AxisTracer
 from tofu_fx.compilation import Compilation
 from tofu_fx.fx.nodes import is_op
-from tofu_fx.sites.site import Branch, Site
+from tofu_fx.sites.site import Branch, Planned
 from tofu_fx.testing.interpreter import Entry, Facts, Span, Vectors, Where
 
 
 def facts_of(compilation: Compilation) -> Facts:
     """The facts of a compilation that reduces tokens."""
-    options, tracer = compilation.options, compilation.traced
+    options, tracer = compilation.options, compilation.axes
     assert compilation.before is not None
     known = {node.name for node in compilation.before.graph.nodes}
     entries = []
     for site in compilation.reducing:
         for branch in site.branches or (None,):
-            owner = (site.shares or site).id
+            owner = site.shares or site.id
             if branch is not None and options.reuse == "none":
                 owner = f"{owner} {branch.kind}"
             entries.append(_entry(tracer, site, branch, owner, known))
@@ -41,9 +41,8 @@ def facts_of(compilation: Compilation) -> Facts:
     )
 
 
-def _entry(tracer: AxisTracer, site: Site, branch: Branch | None, owner: str, known: set[str]) -> Entry:
+def _entry(tracer: AxisTracer, site: Planned, branch: Branch | None, owner: str, known: set[str]) -> Entry:
     node = branch.enter if branch is not None else site.reduce_at
-    assert node is not None
     axes = tracer.of(node)
     run = next(atom for dim in axes for atom in dim if atom.is_token)
     samples = _samples(tracer, site, axes)
@@ -73,14 +72,16 @@ def _entry(tracer: AxisTracer, site: Site, branch: Branch | None, owner: str, kn
     )
 
 
-def _samples(tracer: AxisTracer, site: Site, axes: Axes) -> tuple[Atom, ...]:
+def _samples(tracer: AxisTracer, site: Planned, axes: Axes) -> tuple[Atom, ...]:
     """The axes of the stream that its keys have too: each of their positions is a sample of its own."""
     keys = {atom for dim in tracer.of(site.attention.key) for atom in dim}
     own = [atom for dim in axes for atom in dim if not atom.is_token]
     return tuple(atom for atom in own if atom in keys and atom.base.kind != "feature")
 
 
-def _attended(tracer: AxisTracer, site: Site, run: Atom, samples: tuple[Atom, ...]) -> tuple[Vectors, Vectors, Vectors]:
+def _attended(
+    tracer: AxisTracer, site: Planned, run: Atom, samples: tuple[Atom, ...]
+) -> tuple[Vectors, Vectors, Vectors]:
     """Where the tokens stand in queries, keys and attention weights."""
     attention = site.attention
     query = _vectors(tracer, attention.query, attention.query_tokens, attention.query_features, site, run, samples)
@@ -99,7 +100,7 @@ def _attended(tracer: AxisTracer, site: Site, run: Atom, samples: tuple[Atom, ..
 
 
 def _vectors(
-    tracer: AxisTracer, node: Node, place: int, feature: int, site: Site, run: Atom, samples: tuple[Atom, ...]
+    tracer: AxisTracer, node: Node, place: int, feature: int, site: Planned, run: Atom, samples: tuple[Atom, ...]
 ) -> Vectors:
     axes = tracer.of(node)
     place, feature = place % len(axes), feature % len(axes)
@@ -108,7 +109,7 @@ def _vectors(
     return Vectors(node.name, _where(axes, place, samples, ahead), feature)
 
 
-def _null_tokens(tracer: AxisTracer, site: Site, node: Node, place: int) -> int:
+def _null_tokens(tracer: AxisTracer, site: Planned, node: Node, place: int) -> int:
     """Tokens that only the keys have, ahead of the queries' own."""
     own = tracer.space.flat(tracer.of(site.attention.query)[site.attention.query_tokens])
     other = tracer.space.flat(tracer.of(node)[place])

@@ -11,7 +11,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.node import map_arg
 
 from tofu_fx.backend import run_once
-from tofu_fx.compilation import Compilation
+from tofu_fx.compilation import Captured
 from tofu_fx.fx.nodes import is_impure
 from tofu_fx.passes.lower_to_aten import lower_to_aten
 from tofu_fx.plan.options import Options
@@ -56,10 +56,9 @@ def capture_aten(model: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[
 
 def lowered(gm: GraphModule) -> GraphModule:
     """A graph in ATen ops, each node with its fake value; its placeholders must have fake values."""
-    compilation = Compilation(gm, Options())
-    lower_to_aten(compilation)
-    compilation.gm.recompile()
-    return compilation.gm
+    graph = lower_to_aten(Captured(gm, Options())).gm
+    graph.recompile()
+    return graph
 
 
 def copied(gm: GraphModule) -> GraphModule:

@@ -60,8 +60,9 @@ Call = Callable[[Sequence[Any]], Any]
 
 
 def parts(value: Any) -> list[Tensor]:
-    """The tensors of a result that is one or several."""
-    return [value] if isinstance(value, Tensor) else [part for part in value or () if isinstance(part, Tensor)]
+    """The tensors of a result that is one or several; none of a number (a size)."""
+    several = value if isinstance(value, (tuple, list)) else [value]
+    return [part for part in several if isinstance(part, Tensor)]
 
 
 @dataclass

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from tofu_fx.compilation import Compilation
+from tofu_fx.compilation import Compilation, Scheduled
 from tofu_fx.plan.counts import walk
 from tofu_fx.plan.options import Options
 from tofu_fx.plan.plan import Plan
@@ -129,7 +129,7 @@ def prove(
         changed=0.0 if complaints else relative_error(reduced, plain),
         sites=found.sites("mlerp"),
         messages=[outcome.message for outcome in found.outcomes.get("mlerp", ())],
-        unknown_ops={op: n for c in found.polymorphic for op, n in c.traced.unknown_ops.items()},
+        unknown_ops={op: n for c in found.polymorphic for op, n in c.axes.unknown_ops.items()},
         seconds=_seconds(found),
         tracing=found.tracing,
         complaints=complaints,
@@ -172,12 +172,11 @@ def reducing(r: int, options: Mapping[str, Any] | None, strategy: str) -> Varian
     match = Options.parse(options).match
     decided: dict[str, Any] = {"strategy": strategy, **({} if match == "auto" else {"match": match})}
 
-    def variant(compilation: Compilation) -> dict[str, Any]:
+    def variant(compilation: Scheduled) -> dict[str, Any]:
         rows = plan_rows(compilation, **decided)
         if not rows:  # a plan without rows names no placement, and by another one sites may be found
             return {**(options or {}), "r": r}
-        matched = [site for site in compilation.sites if site.matched]
-        counted = walk(matched, lambda site, count: min(r, site.cap(count)))
+        counted = walk(compilation.planned, lambda site, count: min(r, site.cap(count)))
         rows = [row.model_copy(update={"r": passage.removed}) for row, (_, passage) in zip(rows, counted, strict=True)]
         return {**kept, "plan": Plan(sites=rows)}
 

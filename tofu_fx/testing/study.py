@@ -11,29 +11,31 @@ import torch
 from torch.fx import GraphModule, Node
 
 from tofu_fx.backend import Outcome, rewrite
-from tofu_fx.compilation import Compilation
+from tofu_fx.compilation import Compilation, Scheduled
 from tofu_fx.errors import Unsupported
-from tofu_fx.pipeline import run_pipeline
+from tofu_fx.pipeline import run_passes, without
 from tofu_fx.plan.options import Options
-from tofu_fx.plan.plan import Plan, PlanRow
-from tofu_fx.sites.site import Site
+from tofu_fx.plan.plan import Plan
+from tofu_fx.plan.records import PlanRow
+from tofu_fx.sites.site import Placed, Planned, Site
 from tofu_fx.testing.facts import facts_of
 from tofu_fx.testing.formulas import Undecided
 from tofu_fx.testing.interpreter import Interpreter, Labels
 from tofu_fx.testing.labels import Unfit
+from tofu_fx.testing.shuffle import Shuffler
 
 #: options under which nothing is compiled, nothing fails in silence, and tiny models are reduced too
 EAGER: dict[str, Any] = {"inner_backend": "eager", "on_error": "raise", "profitable_only": False}
 
 #: a variant's options: the same for every graph, or made for each from what the compiler found in it (None: untouched)
-Variant = Mapping[str, Any] | Callable[[Compilation], Mapping[str, Any] | None]
+Variant = Mapping[str, Any] | Callable[[Scheduled], Mapping[str, Any] | None]
 #: the proofs that need no variant: token counts made symbolic and nothing reduced; all tokens shuffled at every site
 POLYMORPHIC, SHUFFLED = "polymorphic", "permute"
 
 
-def plan_rows(compilation: Compilation, **update: Any) -> list[PlanRow]:
-    """The rows of the plan of a compilation, changed as told."""
-    return [PlanRow.of(site).model_copy(update=update) for site in compilation.sites if site.matched]
+def plan_rows(graph: Scheduled, **update: Any) -> list[PlanRow]:
+    """The rows of the plan of a graph, changed as told."""
+    return [PlanRow.of(site).model_copy(update=update) for site in graph.planned]
 
 
 def placed(name: str, placement: str) -> str:
@@ -55,12 +57,12 @@ class Study:
     interpreted: dict[str, Any] = field(default_factory=dict)
     undecided: dict[str, str] = field(default_factory=dict)
     outcomes: dict[str, list[Outcome]] = field(default_factory=dict)
-    polymorphic: list[Compilation] = field(default_factory=list)
+    polymorphic: list[Scheduled] = field(default_factory=list)
     placements: list[str] = field(default_factory=lambda: [""])
     graphs: int = 0
     tracing: float = 0.0
 
-    def reducing(self, variant: str) -> list[Site]:
+    def reducing(self, variant: str) -> list[Planned]:
         """The reduced sites of a variant over all graphs."""
         return [site for compilation in self.compilations(variant) for site in compilation.reducing]
 
@@ -167,7 +169,7 @@ class _Runs:
         gm: GraphModule,
         inputs: Any,
         variants: Mapping[str, Variant],
-        compilation: Compilation | None,
+        compilation: Scheduled | None,
         placement: str,
     ) -> None:
         labels: dict[Any, Labels] = {}
@@ -191,7 +193,7 @@ class _Runs:
             rows = plan_rows(compilation, strategy="prune", r=0)
             if rows:  # a plan without any names no placement
                 shuffled = Options.parse({**EAGER, "plan": Plan(sites=rows)})
-                self._note(graphs, placed(SHUFFLED, placement), rewrite(gm, shuffled, inputs, shuffle=True))
+                self._note(graphs, placed(SHUFFLED, placement), rewrite(gm, shuffled, inputs, reducer=Shuffler()))
 
     def _note(self, graphs: dict[str, Callable[..., Any]], name: str, outcome: Outcome) -> None:
         self.found.outcomes.setdefault(name, []).append(outcome)
@@ -199,18 +201,20 @@ class _Runs:
             graphs[name] = outcome.compilation.gm
 
 
-def _further(compilation: Compilation, base: Mapping[str, Any]) -> list[str]:
+def _further(compilation: Scheduled, base: Mapping[str, Any]) -> list[str]:
     """The placements that a user may ask for and that are not what the automatic one chose."""
     if base.get("placement", "auto") != "auto":
         return []
-    chosen = {site.placement if site.matched else "" for site in compilation.sites}
+    chosen = {site.placement if isinstance(site, Placed) else "" for site in compilation.sites}
     # Where it chose no branch it is the stream; sites that have no place on the stream may have one in their branch.
     return [*(["stream"] if "branch" in chosen else []), *(["branch"] if chosen and chosen != {"branch"} else [])]
 
 
-def _polymorphic(gm: GraphModule, inputs: Any, base: Mapping[str, Any]) -> Compilation | None:
+def _polymorphic(gm: GraphModule, inputs: Any, base: Mapping[str, Any]) -> Scheduled | None:
     """The graph with its token counts made symbolic and nothing reduced; None where it cannot be rewritten at all."""
     try:
-        return run_pipeline(gm, Options.parse({**EAGER, **base, "r": 1}), inputs, skip=("insert_reductions",))
+        options = Options.parse({**EAGER, **base, "r": 1})
+        graph: Scheduled = run_passes(without("insert_reductions"), gm, options, inputs)
+        return graph
     except Unsupported:
         return None

@@ -1,0 +1,102 @@
+"""Writing a graph so that any plan can be tried on it: every way to compare tokens at each site, and what comes next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, get_args
+
+from torch.fx import Node
+
+from tofu_fx.axes.atoms import Atom, Barrier
+from tofu_fx.axes.tracer import AxisTracer, BarrierRecord
+from tofu_fx.plan.sketch import folds
+from tofu_fx.plan.words import Match
+from tofu_fx.rewrite.context import RewriteContext
+from tofu_fx.rewrite.layout import Count, Emitter
+from tofu_fx.rewrite.reducer import Reducer
+from tofu_fx.sites.residual import next_branch
+from tofu_fx.sites.site import Planned
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """One site in a graph that is rewritten for calibration.
+
+    ``fuse`` is its operator, ``metrics`` the nodes that it could compare tokens by. ``branch`` is what the block's next
+    branch adds to the stream, as ``[B, N, C]``, a function of the operator's first output ``[B, N, C]``; None where
+    there is none.
+    """
+
+    site: Planned
+    fuse: Node
+    metrics: Mapping[str, Node]
+    branch: Node | None = None
+
+    @property
+    def merged(self) -> Node:
+        """The operator's first output: the reduced stream."""
+        return self.part(0)
+
+    def part(self, place: int) -> Node:
+        """One of the operator's outputs."""
+        return next(user for user in self.fuse.users if user.args[1] == place)
+
+
+class Recorder(Reducer):
+    """Notes each site that it writes, in ``rehearsed``."""
+
+    any_plan: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        self.rehearsed: list[Rehearsed] = []
+
+    def begin(self) -> None:
+        """Forget what was written: the graph is written anew."""
+        self.rehearsed = []
+
+    def fuse(
+        self,
+        emit: Emitter,
+        site: Planned,
+        run: Atom,
+        x: Node,
+        match: Node,
+        size: Node,
+        gone: Count,
+        seed: int,
+        other: Callable[[str], Node],
+    ) -> Node:
+        """Append the operator, and ahead of it whatever else it could compare tokens by."""
+        metrics = {site.match: match}
+        for kind in get_args(Match):
+            # On a stream, which has few tokens, matching is a small part of the time: nothing to sketch for.
+            if kind != site.match and (kind != "sketch" or (site.placement == "branch" and folds(site.dim) > 1)):
+                with suppress(Barrier):
+                    metrics[kind] = other(kind)
+        fuse = super().fuse(emit, site, run, x, match, size, gone, seed, other)
+        self.rehearsed.append(Rehearsed(site, fuse, metrics))
+        return fuse
+
+    def finish(self, context: RewriteContext, barriers: Sequence[BarrierRecord]) -> None:
+        """Append the branch after each site, as a function of the operator's output."""
+        order = {node: i for i, node in enumerate(context.tracer.graph.nodes)}
+        for i, entry in enumerate(self.rehearsed):
+            start = entry.site.reduce_at
+            if entry.site.placement == "branch":
+                branch = _end_of(entry.site, context.tracer, barriers)
+            else:
+                branch = next_branch(start, order)
+            if branch is not None and context.native.get(branch) == context.native[start]:
+                with suppress(Barrier):
+                    self.rehearsed[i] = replace(entry, branch=context.canonical(branch))
+
+
+def _end_of(site: Planned, tracer: AxisTracer, barriers: Sequence[BarrierRecord]) -> Any:
+    """What the attention's branch of a site adds to its residual stream."""
+    for barrier in barriers:
+        for value in barrier.values if barrier.node in tracer.ends else ():
+            if any(atom.base.stream == site.stream for atom in tracer.tokens(value)):
+                return value
+    return None
