@@ -46,6 +46,16 @@ class Between(nn.Module):
         return self.head(self.second(self.op(self.first(x))).mean(1))
 
 
+class Replaced(Between):
+    """A stream that is normed between two blocks, so that what it was before is no part of it; every token is read."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.LayerNorm(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.op(self.first(x))))
+
+
 def _view_in_place(x: Tensor) -> Tensor:
     """Something is read through a view from before it is changed in place."""
     x = x * 1.0
@@ -88,6 +98,7 @@ MODELS: dict[str, Tried] = {
     "causal": Tried(Spec(mask="causal", pooling="mean"), 0),
     "skip": Tried(Spec(skip="concatenate", pooling="mean", **DEEP), 3),  # type: ignore[arg-type]
     "post": Tried(Spec(norm="post", pooling="mean")),
+    "replaced": Tried(Replaced),
     "post tokens": Tried(Spec(norm="post", pooling="tokens")),
     "queries and keys": Tried(Spec(pooling="mean"), options={"match": "queries_keys", **STREAM}),
     "double": Tried(Spec(pooling="tokens", **DEEP), 3, dtype=torch.float64),  # type: ignore[arg-type]

@@ -14,7 +14,9 @@ from torch.nn import functional as F
 import tofu_fx
 from tests.eager_reference import Reducer, attention, reference_vit
 from tests.harness import MEANING_TOLERANCE, compiled, randomise, relative_error, study
+from tests.mutation_models import Replaced
 from tests.zoo.odd import JoinedLate
+from tofu_fx.testing import prove
 
 GRID, DIM = 6, 32
 PATCHES = GRID * GRID
@@ -170,3 +172,13 @@ def test_explains_plan_keeps_sites_that_were_given_up_and_can_be_used_again() ->
     with torch.no_grad():
         again = compiled(model, plan=report.plan)(x)
         assert torch.equal(again, compiled(model, r=4)(x))
+
+
+def test_a_stream_that_is_normed_between_two_reductions_is_restored_by_copies_ahead_of_the_norm() -> None:
+    x = torch.randn(3, 12, 16, generator=torch.Generator().manual_seed(0))
+    model = randomise(Replaced())
+    prove(model, x, options={"placement": "stream"}).check()
+    found = study(model, x, variants={"both": {"r": 2, "placement": "stream"}}, proofs=False)
+    restores = found.nodes("both", torch.ops.tofu.restore_tokens.default)
+    # The gains since the second reduction are added to what was there then; to what was ahead of the norm they are not.
+    assert [len(node.args) for node in restores] == [4, 2]

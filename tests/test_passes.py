@@ -172,7 +172,7 @@ def test_verification_refuses_an_output_of_another_shape(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("fault", ["call_method", "no value", "placeholder"])
 def test_runner_refuses_a_graph_that_breaks_an_invariant(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def spoil(compilation: Compilation) -> None:
+    def spoil(compilation: Any) -> Any:
         graph = compilation.gm.graph
         source = next(iter(graph.nodes))
         with graph.inserting_after(source):
@@ -182,6 +182,7 @@ def test_runner_refuses_a_graph_that_breaks_an_invariant(fault: str, monkeypatch
                 graph.call_function(torch.ops.aten.relu.default, (source,))
             else:
                 graph.placeholder("another")
+        return compilation
 
     spoil.__name__ = "find_attention"
     monkeypatch.setattr(pipeline, "PASSES", tuple(spoil if p.__name__ == "find_attention" else p for p in PASSES))

@@ -14,8 +14,10 @@ from tofu_fx.axes.atoms import Atom, Axes
 from tofu_fx.axes.tracer import AxisTracer
 from tofu_fx.compilation import Compilation
 from tofu_fx.fx.nodes import is_op
-from tofu_fx.sites.site import Branch, Planned
+from tofu_fx.sites.site import Attention, Branch, Planned
 from tofu_fx.testing.interpreter import Entry, Facts, Span, Vectors, Where
+
+_UNMASKED = ("view", "reshape", "mul", "div", "to", "softmax", "unflatten", "flatten")  # these hide nothing
 
 
 def facts_of(compilation: Compilation) -> Facts:
@@ -64,12 +66,17 @@ def _entry(tracer: AxisTracer, site: Planned, branch: Branch | None, owner: str,
         lead=run.lead,
         tail=run.tail,
         grid=site.cells,
-        padding=site.padding,
+        masked=_is_masked(site.attention),
         where=Where(_span(axes, run), tuple(_span(axes, atom) for atom in samples)),
         query=query,
         key=key,
         weights=weights,
     )
+
+
+def _is_masked(attention: Attention) -> bool:
+    """Whether anything joins the scores on their way to the softmax: what it hides the interpreter sees for itself."""
+    return attention.mask is not None or any(not is_op(node, *_UNMASKED) for node in attention.way[1:-1])
 
 
 def _samples(tracer: AxisTracer, site: Planned, axes: Axes) -> tuple[Atom, ...]:

@@ -97,7 +97,7 @@ class Entry:
     lead: int
     tail: int
     grid: tuple[int, ...]
-    padding: bool
+    masked: bool
     where: Where
     query: Vectors
     key: Vectors

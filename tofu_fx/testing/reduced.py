@@ -239,7 +239,9 @@ class Reduced(Running):
             metric = metric_of(self._vectors(entry, entry.key), entry.match)
             if entry.match == "queries_keys":
                 metric = torch.cat([metric_of(self._vectors(entry, entry.query), entry.match), metric], -1)
-        valid = self._valid(entry) if entry.padding else None
+        valid = self._valid(entry) if entry.masked else None
+        if valid is not None and bool(valid.all()):
+            valid = None
         if len(metric) < len(before):  # keys that are the same for all samples
             metric = metric.expand(len(before), -1, -1)
         valid = valid.expand(len(before), -1) if valid is not None else None
