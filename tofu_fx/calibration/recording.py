@@ -1,4 +1,4 @@
-"""Writing a graph so that any plan can be tried on it: every way to compare tokens at each site, and what comes next."""
+"""Writing a graph so that any plan can be tried on it: with every way to compare tokens at each site."""
 
 from __future__ import annotations
 
