@@ -1,4 +1,4 @@
-"""Makes the atoms of ``tofu_fx.axes.atoms``, and remembers how they were derived, so that equal derivations are equal."""
+"""Makes the atoms of ``tofu_fx.axes.atoms``, and remembers their derivations, so that equal ones are equal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules of the contracting ops: linear, matmul and its kin, einsum, convolution, attention."""
+"""Rules of the contracting ops: linear, matmul and its kin, einsum, convolution, attention, embedding."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from torch.fx import Node
 
 from tofu_fx.axes.atoms import Axes, Barrier, Dim, dim_size, hint
+from tofu_fx.axes.rules.arguments import shape_of
 from tofu_fx.axes.tracer import AxisTracer
 from tofu_fx.fx.nodes import argument, walk_back
 
@@ -120,11 +121,17 @@ def convolution(tracer: AxisTracer, node: Node) -> Axes:
     return (axes[0], tracer.space.fresh(f"{node.name}.1", shape[1], "feature"), *fresh)
 
 
-LINEAR_RULES: dict[str, Callable[[AxisTracer, Node], Any]] = {
+def embedding(tracer: AxisTracer, node: Node) -> Axes:
+    """Rows of a table: the axes of the indices, then a feature axis."""
+    return (*tracer.of(node.args[1]), tracer.space.fresh(node.name, shape_of(node)[-1], "feature"))
+
+
+CONTRACTION_RULES: dict[str, Callable[[AxisTracer, Node], Any]] = {
     "linear": linear,
     **dict.fromkeys(["matmul", "mm", "bmm"], matmul),
     **dict.fromkeys(["addmm", "baddbmm"], addmm),
     "einsum": einsum,
+    "embedding": embedding,
     "scaled_dot_product_attention": attention,
     **dict.fromkeys(["conv1d", "conv2d", "conv3d", "convolution"], convolution),
 }
