@@ -53,6 +53,11 @@ def is_op(node: Any, *names: str) -> bool:
     return packet is not None and packet.name.removeprefix("aten::") in names
 
 
+def is_mutable(node: Any) -> bool:
+    """Whether a node calls an op that writes to one of its operands."""
+    return bool(getattr(getattr(getattr(node, "target", None), "_schema", None), "is_mutable", False))
+
+
 def is_alias(node: Node) -> bool:
     """Whether the result may share memory with an input: views, and ops such as contiguous that only sometimes copy."""
     if node.target is operator.getitem:

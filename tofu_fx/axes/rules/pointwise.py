@@ -2,56 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from torch.fx import Node
 
 from tofu_fx.axes.atoms import Axes, Barrier, has_tokens
+from tofu_fx.axes.known import Known
 from tofu_fx.axes.rules.arguments import shape_of
-from tofu_fx.axes.tracer import AxisTracer
+from tofu_fx.axes.rules.result import Dropped, Rule
 from tofu_fx.fx.nodes import tensor_inputs
 
 
-def pointwise(tracer: AxisTracer, node: Node) -> Axes:
+def pointwise(known: Known, node: Node) -> Axes:
     """Elementwise: the axes of the broadcast operands."""
     operands = [v for arg in node.args for v in (arg if isinstance(arg, (list, tuple)) else [arg])]
-    return tracer.broadcast([*operands, *node.kwargs.values()], len(shape_of(node)))
+    return known.broadcast([*operands, *node.kwargs.values()], len(shape_of(node)))
 
 
-def prelu(tracer: AxisTracer, node: Node) -> Axes:
+def prelu(known: Known, node: Node) -> Axes:
     """Elementwise; several weights belong to dim 1, which must not hold tokens."""
-    axes, weights = tracer.of(node.args[0]), node.args[1].meta["val"].numel()  # type: ignore[union-attr]
+    axes, weights = known.of(node.args[0]), node.args[1].meta["val"].numel()  # type: ignore[union-attr]
     if weights != 1 and len(axes) > 1 and has_tokens(axes[1]):
         raise Barrier("each token has a slope of its own")
     return axes
 
 
-def like_first(tracer: AxisTracer, node: Node) -> Axes:
+def like_first(known: Known, node: Node) -> Axes:
     """Same shape and axes as the first operand (dropout, to, contiguous, zeros_like, ...)."""
-    return tracer.of(tensor_inputs(node)[0])
+    return known.of(tensor_inputs(node)[0])
 
 
-def like_first_alone(tracer: AxisTracer, node: Node) -> Axes:
-    """As ``like_first``; the second operand gives its dtype only."""
-    tracer.drop()
-    return tracer.of(node.args[0])
+def like_first_alone(known: Known, node: Node) -> Dropped:
+    """As ``like_first``; the second operand, which may have tokens of its own, gives its dtype only."""
+    return Dropped(known.of(node.args[0]))
 
 
-def factory(tracer: AxisTracer, node: Node) -> Axes:
+def factory(known: Known, node: Node) -> Dropped:
     """new_zeros and the like: a tensor of its own, whatever it was called on."""
-    tracer.drop()
-    return tracer.space.fresh_axes(node.name, node.meta["val"].shape)
+    return Dropped(known.space.fresh_axes(node.name, node.meta["val"].shape))
 
 
-def no_output(tracer: AxisTracer, node: Node) -> tuple[()]:
+def no_output(known: Known, node: Node) -> Dropped:
     """Checks of dtype and device: nothing comes out."""
-    tracer.drop()
-    return ()
+    return Dropped(())
 
 
 #: those that PyTorch tags as pointwise are not listed
-POINTWISE_RULES: dict[str, Callable[[AxisTracer, Node], Any]] = {
+POINTWISE_RULES: dict[str, Rule] = {
     **dict.fromkeys(
         [
             "dropout",

@@ -2,71 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Literal
 
 from torch.fx import Node
 
-from tofu_fx.axes.atoms import Axes, Barrier, has_tokens, token_atoms
+from tofu_fx.axes.atoms import Barrier, atoms_of, has_tokens, token_atoms
+from tofu_fx.axes.known import Known
 from tofu_fx.axes.rules.arguments import dims_of
-from tofu_fx.axes.tracer import AxisTracer
+from tofu_fx.axes.rules.result import Carried, Dropped, Pooled, Rule
 from tofu_fx.fx.nodes import argument
 
 
-def softmax(tracer: AxisTracer, node: Node) -> Axes:
+def softmax(known: Known, node: Node) -> Carried:
     """Normalising over tokens is attention; anywhere else it needs all of them."""
-    axes = tracer.of(node.args[0])
-    for d in dims_of(node, len(axes)):
-        if has_tokens(axes[d]) and node not in tracer.attention_nodes:
-            raise Barrier("softmax over tokens outside of a recognised attention")
-        tracer.mix(axes[d])
-    return axes
+    axes = known.of(node.args[0])
+    along = [axes[d] for d in dims_of(node, len(axes))]
+    if has_tokens(*along) and node not in known.attention_nodes:
+        raise Barrier("softmax over tokens outside of a recognised attention")
+    return Carried(axes, mixed=atoms_of(*along))
 
 
-def norm(tracer: AxisTracer, node: Node) -> Axes:
+def norm(known: Known, node: Node) -> Carried:
     """layer_norm and rms_norm: over the trailing dims, which must not hold tokens."""
-    axes = tracer.of(node.args[0])
-    rank = len(argument(node, "normalized_shape"))
-    if any(has_tokens(dim) for dim in axes[len(axes) - rank :]):
+    axes = known.of(node.args[0])
+    along = axes[len(axes) - len(argument(node, "normalized_shape")) :]
+    if has_tokens(*along):
         raise Barrier("the norm's statistics run over tokens")
-    tracer.mix(*axes[len(axes) - rank :])
-    return axes
+    return Carried(axes, mixed=atoms_of(*along))
 
 
-def batch_norm(tracer: AxisTracer, node: Node) -> Axes:
+def batch_norm(known: Known, node: Node) -> Carried:
     """Per-channel scale in eval mode; in training its statistics run over all tokens."""
-    axes = tracer.of(node.args[0])
+    axes = known.of(node.args[0])
     if token_atoms(axes) and (argument(node, "training") or has_tokens(axes[1])):
         raise Barrier("batch norm's statistics run over tokens")
-    if argument(node, "training"):
-        tracer.mix(axes[0], *axes[2:])
-    return axes
+    return Carried(axes, mixed=atoms_of(axes[0], *axes[2:]) if argument(node, "training") else ())
 
 
-def reduction(kind: str) -> Callable[[AxisTracer, Node], Axes]:
+def reduction(kind: Literal["mean", "sum", "max", "other"]) -> Rule:
     """A reduction over dims. Over tokens "mean" and "sum" are weighted by size, a maximum is not."""
 
-    def rule(tracer: AxisTracer, node: Node) -> Axes:
-        axes = tracer.of(node.args[0])
+    def rule(known: Known, node: Node) -> Carried:
+        axes = known.of(node.args[0])
         dims = dims_of(node, len(axes))
-        tracer.mix(*(axes[d] for d in dims))
-        if any(has_tokens(axes[d]) for d in dims):
-            if kind == "other":
-                raise Barrier("a statistic over tokens")
-            if any(has_tokens(axes[d]) and len(axes[d]) > 1 for d in dims):
-                raise Barrier("a reduction over tokens that are merged with another axis")
-            if kind != "max" and len(token_atoms(axes)) != 1:
-                raise Barrier("a sum over tokens, for each of other tokens")
-            tracer.drop()
-            if kind != "max":
-                tracer.pools[node] = kind
         keep = argument(node, "keepdim", False)
-        return tuple(() if d in dims else dim for d, dim in enumerate(axes) if keep or d not in dims)
+        left = tuple(() if d in dims else dim for d, dim in enumerate(axes) if keep or d not in dims)
+        along = [axes[d] for d in dims]
+        if not has_tokens(*along):
+            return Carried(left, mixed=atoms_of(*along))
+        if kind == "other":
+            raise Barrier("a statistic over tokens")
+        if any(has_tokens(dim) and len(dim) > 1 for dim in along):
+            raise Barrier("a reduction over tokens that are merged with another axis")
+        if kind == "max":
+            return Dropped(left, mixed=atoms_of(*along))
+        if len(token_atoms(axes)) != 1:
+            raise Barrier("a sum over tokens, for each of other tokens")
+        return Pooled(left, mixed=atoms_of(*along), kind=kind)
 
     return rule
 
 
-REDUCTION_RULES: dict[str, Callable[[AxisTracer, Node], Any]] = {
+REDUCTION_RULES: dict[str, Rule] = {
     **dict.fromkeys(["softmax", "_softmax", "log_softmax", "_log_softmax"], softmax),
     **dict.fromkeys(["layer_norm", "rms_norm"], norm),
     "batch_norm": batch_norm,

@@ -2,100 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from torch.fx import Node
 
-from tofu_fx.axes.atoms import Axes, Barrier, Dim, dim_size, has_tokens, hint
+from tofu_fx.axes.atoms import Axes, Barrier, dim_size, has_tokens, hint
+from tofu_fx.axes.known import Known
 from tofu_fx.axes.rules.arguments import dims_of
-from tofu_fx.axes.tracer import AxisTracer
+from tofu_fx.axes.rules.result import Carried, Dropped, Rule, carried
 from tofu_fx.fx.nodes import argument
 
 
-def select(tracer: AxisTracer, node: Node) -> Axes:
+def select(known: Known, node: Node) -> Carried:
     """One position of a dim. Of the token axis only protected tokens can be taken."""
-    axes = tracer.of(node.args[0])
+    axes = known.of(node.args[0])
     d, index = dims_of(node, len(axes))[0], argument(node, "index")
     if has_tokens(axes[d]):
-        atom = tracer.space.flat(axes[d])
+        atom = known.space.flat(axes[d])
         if not isinstance(index, int) or atom is None:
             raise Barrier("a token is taken by a computed position")
         index %= atom.size
         if atom.lead <= index < atom.size - atom.tail:
             raise Barrier(f"token {index} is taken by its position")
-        tracer.drop()
-    return axes[:d] + axes[d + 1 :]
+    return carried(axes[:d] + axes[d + 1 :], drops=has_tokens(axes[d]))
 
 
-def slice_(tracer: AxisTracer, node: Node) -> Axes:
+def slice_(known: Known, node: Node) -> Carried:
     """A range of a dim; the token axis can be cut only between protected and reducible tokens."""
-    axes = list(tracer.of(node.args[0]))
+    axes = known.of(node.args[0])
     d = dims_of(node, len(axes))[0]
     size = dim_size(axes[d])
     first, last = argument(node, "start"), argument(node, "end")
     if not all(end is None or isinstance(end, int) for end in (first, last)):
         if has_tokens(axes[d]):
             raise Barrier("tokens are cut at a computed position")
-        tracer.mix(axes[d])
-        axes[d] = tracer.space.fresh(f"{node.name}.{d}", node.meta["val"].shape[d])
-        return tuple(axes)
+        fresh = known.space.fresh(f"{node.name}.{d}", node.meta["val"].shape[d])
+        return Carried((*axes[:d], fresh, *axes[d + 1 :]), mixed=axes[d])
     start, stop, step = slice(first, last, argument(node, "step", 1)).indices(size)
-    axes[d] = _cut(tracer, axes[d], start, max(start, stop), step)
-    return tuple(axes)
+    part = known.space.cut(axes[d], start, max(start, stop), step)
+    return carried((*axes[:d], part, *axes[d + 1 :]), drops=has_tokens(axes[d]) and not has_tokens(part))
 
 
-def slice_scatter(tracer: AxisTracer, node: Node) -> Axes:
+def slice_scatter(known: Known, node: Node) -> Axes:
     """A tensor with a range of a dim written over: of the token axis by the same tokens, or between protected ones."""
-    base, part = (tracer.of(value) for value in node.args[:2])
+    base, part = (known.of(value) for value in node.args[:2])
     d = dims_of(node, len(base))[0]
     start, stop, step = slice(argument(node, "start"), argument(node, "end"), argument(node, "step", 1)).indices(
         dim_size(base[d])
     )
-    written = tracer.space.cut(base[d], start, max(start, stop), step)
+    written = known.space.cut(base[d], start, max(start, stop), step)
     if (has_tokens(written) or has_tokens(part[d])) and written != part[d]:
         raise Barrier("tokens are written over others")
-    both = [(value, value in tracer.depends) for value in node.args[:2]]
+    both = [(value, value in known.depends) for value in node.args[:2]]
     return tuple(
-        dim if i == d else tracer.merge(((dim, both[0][1]), (part[i], both[1][1]))) for i, dim in enumerate(base)
+        dim if i == d else known.merge(((dim, both[0][1]), (part[i], both[1][1]))) for i, dim in enumerate(base)
     )
 
 
-def _cut(tracer: AxisTracer, dim: Dim, start: int, stop: int, step: int = 1) -> Dim:
-    part = tracer.space.cut(dim, start, stop, step)
-    if has_tokens(dim) and not has_tokens(part):
-        tracer.drop()
-    return part
-
-
-def split(tracer: AxisTracer, node: Node) -> tuple[Axes, ...]:
+def split(known: Known, node: Node) -> Carried:
     """split, chunk, split_with_sizes, tensor_split: consecutive cuts of one dim."""
-    axes = tracer.of(node.args[0])
+    axes = known.of(node.args[0])
     d = dims_of(node, len(axes))[0]
-    parts, start = [], 0
+    cuts, start = [], 0
     for piece in node.meta["val"]:
         stop = start + hint(piece.shape[d])
-        parts.append((*axes[:d], _cut(tracer, axes[d], start, stop), *axes[d + 1 :]))
+        cuts.append(known.space.cut(axes[d], start, stop))
         start = stop
-    return tuple(parts)
+    drops = has_tokens(axes[d]) and not all(map(has_tokens, cuts))
+    return carried(tuple((*axes[:d], cut, *axes[d + 1 :]) for cut in cuts), drops=drops)
 
 
-def unbind(tracer: AxisTracer, node: Node) -> tuple[Axes, ...]:
+def unbind(known: Known, node: Node) -> tuple[Axes, ...]:
     """One output for each position of a dim."""
-    axes = tracer.of(node.args[0])
+    axes = known.of(node.args[0])
     d = dims_of(node, len(axes))[0]
     if has_tokens(axes[d]):
         raise Barrier("the token axis is taken apart")
     return tuple(axes[:d] + axes[d + 1 :] for _ in node.meta["val"])
 
 
-def getitem(tracer: AxisTracer, node: Node) -> Axes:
+def getitem(known: Known, node: Node) -> Dropped:
     """One output of an op with several. The others may be the ones that have the tokens."""
-    tracer.drop()
-    return tracer.axes[node.args[0]][node.args[1]]  # type: ignore[index]
+    return Dropped(known.axes[node.args[0]][node.args[1]])  # type: ignore[index]
 
 
-SLICING_RULES: dict[str, Callable[[AxisTracer, Node], Any]] = {
+SLICING_RULES: dict[str, Rule] = {
     "select": select,
     "slice": slice_,
     "slice_scatter": slice_scatter,

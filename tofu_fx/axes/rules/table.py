@@ -1,29 +1,25 @@
 """How each op carries token axes: the table of all rules, which stand in files by family of ops.
 
-A rule takes the tracer and the node and returns the output's axes (a tuple of them for several outputs). It raises
-``Barrier`` where tokens cannot pass. To add an op, write the rule next to its family and name it there; ops that
-PyTorch itself tags as pointwise need no entry. An op without a rule is a barrier, so a missing entry costs speed only.
+A rule takes what is known of the operands, and the node, and returns what becomes of the axes
+(``tofu_fx.axes.rules.result``). To add an op, write its rule next to its family and name it there; ops that PyTorch
+itself tags as pointwise need no entry. An op without a rule is a barrier, so a missing entry costs speed only.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.fx import Node
 
 from tofu_fx.axes.rules.contractions import CONTRACTION_RULES
 from tofu_fx.axes.rules.images import IMAGE_RULES
 from tofu_fx.axes.rules.joins import JOIN_RULES
 from tofu_fx.axes.rules.pointwise import POINTWISE_RULES, pointwise
 from tofu_fx.axes.rules.reductions import REDUCTION_RULES
+from tofu_fx.axes.rules.result import Rule
 from tofu_fx.axes.rules.slicing import SLICING_RULES, getitem
 from tofu_fx.axes.rules.views import VIEW_RULES
-from tofu_fx.axes.tracer import AxisTracer
-
-Rule = Callable[[AxisTracer, Node], Any]
 
 #: op name -> rule. Any overload; elementwise ops come from PyTorch's own tag and are not listed.
 RULES: dict[str, Rule] = {
