@@ -16,6 +16,7 @@ from tofu_fx.axes.rules.table import find_rule
 from tofu_fx.axes.tracer import AxisTracer, trace
 from tofu_fx.compilation import Compilation
 from tofu_fx.fx.nodes import argument, is_op, module_path
+from tofu_fx.fx.op_families import MATRIX_PRODUCTS
 from tofu_fx.sites.attention import OPAQUE, find_attentions, find_comparisons
 from tofu_fx.sites.guards import Guard
 from tofu_fx.sites.masks import Masks
@@ -59,7 +60,7 @@ def _find_linear(compilation: Compilation, tracer: AxisTracer) -> list[Attention
     compared: set[Node] = set()  # the weights that come of comparing two tokens, up to the next product
     found = []
     for node in compilation.gm.graph.nodes:
-        if not is_op(node, "matmul", "bmm"):
+        if not is_op(node, *MATRIX_PRODUCTS):
             if not is_op(node, "linear") and any(value in compared for value in node.all_input_nodes):
                 compared.add(node)
             continue

@@ -26,6 +26,7 @@ from tofu_fx.axes.tracer import AxisTracer, BarrierRecord, Seed, trace
 from tofu_fx.choice import prefers_branch
 from tofu_fx.compilation import Compilation
 from tofu_fx.fx.nodes import is_op, value_graph
+from tofu_fx.fx.op_families import WORK
 from tofu_fx.plan.images import check_grids, note_idle_options
 from tofu_fx.plan.options import BranchKind, Options
 from tofu_fx.plan.plan import Plan
@@ -38,7 +39,6 @@ _VARYING = (
     "its number of tokens is symbolic; how many go is decided for each number, so every number is compiled on its own: "
     "pad the inputs to a few lengths"
 )
-_WORK = ("linear", "matmul", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention")
 
 
 def find_streams(compilation: Compilation) -> None:
@@ -283,7 +283,7 @@ def _has_work(site: Site, tracer: AxisTracer, flow: nx.DiGraph[Node]) -> bool:
         for user in flow.successors(node):
             if user in seen or not any(a.base.stream == site.stream for a in tracer.tokens(user)):
                 continue
-            if is_op(user, *_WORK):
+            if is_op(user, *WORK):
                 return True
             seen.add(user)
             todo.append(user)

@@ -25,6 +25,7 @@ from tofu_fx.axes.rules.result import Carried, Dropped, Pooled, Rule
 from tofu_fx.axes.samples import Samples, SamplesMixed
 from tofu_fx.axes.space import Space
 from tofu_fx.fx.nodes import is_alias, is_mutable, is_op, source_line, tensor_inputs
+from tofu_fx.fx.op_families import SOFTMAX
 
 Seed = Callable[["AxisTracer", Axes], Axes]
 
@@ -253,7 +254,7 @@ class AxisTracer:
         )
 
     def _is_softmax(self, node: Node) -> bool:
-        return node in self.attention_nodes and is_op(node, "softmax", "_softmax")
+        return node in self.attention_nodes and is_op(node, *SOFTMAX)
 
     def _visit_output(self, node: Node) -> None:
         for value in tensor_inputs(node):

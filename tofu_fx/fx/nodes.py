@@ -5,13 +5,15 @@ from __future__ import annotations
 import operator
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import networkx as nx
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx._lazy_graph_module import _LazyGraphModule
+
+from tofu_fx.fx.op_families import MAY_ALIAS
 
 #: meta key of a size computed by make_polymorphic; it belongs to the one node that uses it
 LITERAL = "tofu_literal"
@@ -66,8 +68,7 @@ def is_alias(node: Node) -> bool:
     if schema is None:
         return True  # a placeholder or something unknown: the caller's memory
     name = schema.name.removeprefix("aten::")
-    maybe = ("reshape", "contiguous", "to", "flatten", "expand_as", "view_as", "reshape_as", "type_as", "dropout")
-    return name in maybe or (not schema.is_mutable and any(r.alias_info is not None for r in schema.returns))
+    return name in MAY_ALIAS or (not schema.is_mutable and any(r.alias_info is not None for r in schema.returns))
 
 
 def may_multiply(node: Node) -> bool:
@@ -131,7 +132,7 @@ def graph_module(root: torch.nn.Module, graph: Graph) -> GraphModule:
     return module
 
 
-def walk_back(node: Node, through: tuple[str, ...]) -> Iterator[Node]:
+def walk_back(node: Node, through: Collection[str]) -> Iterator[Node]:
     """The node, then its first tensor input, and so on for as long as the ops are among ``through``."""
     while True:
         yield node

@@ -21,6 +21,7 @@ from tofu_fx.axes.atoms import Axes, Barrier, dim_size, hint, token_atoms, token
 from tofu_fx.axes.tracer import AxisTracer
 from tofu_fx.compilation import Compilation
 from tofu_fx.fx.nodes import LITERAL, argument, is_op, tensor_inputs
+from tofu_fx.fx.op_families import SAME_VALUES
 from tofu_fx.plan.options import Match
 from tofu_fx.plan.sketch import folds
 from tofu_fx.rewrite.companions import Companions
@@ -35,7 +36,7 @@ from tofu_fx.sites.site import Branch, Rehearsed, Site
 #: version of each: (number of the stream, its version) for both.
 Key = int | tuple[tuple[int, int], ...]
 
-_SAME = ("contiguous", "clone", "alias", "detach", "lift_fresh")
+_SAME = SAME_VALUES | {"lift_fresh"}
 
 
 @dataclass

@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from tofu_fx.axes.atoms import Barrier, token_atoms
 from tofu_fx.fx.nodes import argument, is_op
+from tofu_fx.fx.op_families import SOFTMAX
 from tofu_fx.rewrite.companions import scores_dims
 from tofu_fx.rewrite.layout import Emitter, align, aten
 from tofu_fx.sites.masks import sides
@@ -45,7 +46,7 @@ def attention_bias(rewriter: Rewriter, node: Node, mapping: dict[Any, Any], newe
     if is_op(node, "scaled_dot_product_attention"):
         dims = scores_dims(rewriter.tracer, node)
         place = len(dims) - 1
-    elif node in rewriter.tracer.attention_nodes and is_op(node, "softmax", "_softmax"):
+    elif node in rewriter.tracer.attention_nodes and is_op(node, *SOFTMAX):
         dims = rewriter.tracer.of(node)
         place = int(argument(node, "dim")) % len(dims)
     else:

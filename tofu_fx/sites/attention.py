@@ -19,17 +19,16 @@ from torch.fx.node import map_arg
 from tofu_fx.axes.atoms import Atom, Axes, Base, Dim, hint
 from tofu_fx.axes.tracer import AxisTracer
 from tofu_fx.fx.nodes import argument, is_op, tensor_inputs
+from tofu_fx.fx.op_families import COPIES, PRODUCTS, REGROUPINGS, SOFTMAX, TOKEN_NORMS, TURNS
 from tofu_fx.sites.site import Attention, Decline
 
 #: whole layers in one op: what nn.TransformerEncoder and nn.MultiheadAttention become in eval mode without gradients
 OPAQUE = ("_transformer_encoder_layer_fwd", "_native_multi_head_attention")
-PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
-_BETWEEN = tuple(
-    "mul div add sub rsub masked_fill where to _to_copy type_as contiguous clone dropout clamp tanh alias detach "  # noqa: SIM905
-    "minimum maximum permute transpose linear expand "
-    "view reshape flatten unflatten _unsafe_view unsqueeze squeeze copy".split()
-)
-_PROJECTIONS = ("linear", "layer_norm", "rms_norm", "batch_norm")  # after them is another part of the block
+_BETWEEN = COPIES | REGROUPINGS | TURNS | {
+    "mul", "div", "add", "sub", "rsub", "masked_fill", "where", "clamp", "tanh", "minimum", "maximum", "linear",
+    "expand", "copy",
+}  # fmt: skip
+_PROJECTIONS = TOKEN_NORMS | {"linear", "batch_norm"}  # after them is another part of the block
 _FAR = 24  # ops between a product and its softmax; in 77 real models there were at most 9
 
 
@@ -43,7 +42,7 @@ def find_attentions(tracer: AxisTracer) -> Iterator[Attention]:
             yield _fused(node)
         elif is_op(node, *OPAQUE):
             yield Attention(node, node.args[0], -2, -1, node.args[0], -2, -1)
-        elif is_op(node, "softmax", "_softmax"):
+        elif is_op(node, *SOFTMAX):
             found = _written(tracer, node)
             if found is not None:
                 yield found
@@ -53,7 +52,7 @@ def find_comparisons(tracer: AxisTracer, attentions: Iterable[Attention]) -> Ite
     """Products that compare tokens with tokens and belong to none of the attentions, as unrecognised ones."""
     known = {node for a in attentions for node in (a.node, a.scores, *a.way[:1])}
     for node in tracer.graph.nodes:
-        if node in known or not is_op(node, "matmul", "bmm", "baddbmm"):
+        if node in known or not is_op(node, *PRODUCTS - {"einsum"}):
             continue
         left, right = _operands(node)
         a, b = tracer.of(left), tracer.of(right)
@@ -231,7 +230,7 @@ def _unrecognised(softmax: Node, scores: Node | None, value_product: Node | None
     """An attention with something else around its softmax (head mixing by a convolution, a sliding window)."""
     ahead = scores or _nearest(softmax.args[0], back=True, any_op=True)  # type: ignore[arg-type]
     last = value_product or _nearest(softmax, back=False, any_op=True)
-    if ahead is None or last is None or not is_op(ahead, "matmul", "bmm", "einsum"):
+    if ahead is None or last is None or not is_op(ahead, *PRODUCTS - {"baddbmm"}):
         return None
     sides = _sides(ahead)
     if sides is None:

@@ -20,14 +20,13 @@ from torch.fx import Node
 from tofu_fx.axes.atoms import Atom, Axes
 from tofu_fx.axes.tracer import AxisTracer
 from tofu_fx.fx.nodes import is_op, tensor_inputs
-from tofu_fx.sites.attention import PRODUCTS
+from tofu_fx.fx.op_families import CONVOLUTIONS, COPIES, TOKEN_NORMS, WORK
 from tofu_fx.sites.residual import descendants, image_of, protected, token_places
 from tofu_fx.sites.site import Branch, Decline, Site
 
-_COPIES = ("to", "_to_copy", "type_as", "alias", "dropout", "contiguous", "clone", "detach")
-_STREAM = ("layer_norm", "rms_norm", *_COPIES)
+_STREAM = TOKEN_NORMS | COPIES
 _PARALLEL = 8  # nodes of the residual stream that the branches of one block may start at
-_WORK = (*PRODUCTS, "linear", "addmm", "scaled_dot_product_attention", "conv1d", "conv2d", "convolution")
+_WORK = WORK | CONVOLUTIONS - {"conv3d"}
 
 
 def place_branches(
@@ -184,7 +183,7 @@ def _entry(
     while origins:
         node = origins.pop()
         sources = tensor_inputs(node) if is_op(node, "mul", "div", "add") else []
-        if is_op(node, *_COPIES):
+        if is_op(node, *COPIES):
             sources = tensor_inputs(node)[:1]
         for value in sources if len(roots) < _PARALLEL else ():
             if value not in roots and _carries(value, tokens, plain):

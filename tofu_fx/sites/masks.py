@@ -19,7 +19,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from tofu_fx.axes.atoms import Barrier, hint
-from tofu_fx.fx.nodes import argument, is_alias, is_op, tensor_inputs
+from tofu_fx.fx.nodes import argument, is_alias, is_mutable, is_op, tensor_inputs
+from tofu_fx.fx.op_families import REGROUPINGS, SHAPE_ONLY, TURNS, WORK
 from tofu_fx.sites.guards import Guard
 from tofu_fx.sites.site import Attention
 
@@ -30,9 +31,8 @@ _ORDER: tuple[Hides, ...] = ("nothing", "keys", "pairs", "unseen", "later")
 #: A key is hidden from a query if its logit is so far below the highest: exp(-46) = 1e-20 of the weight
 FAR_BELOW = 46.0
 _NEAR = 400  # nodes of a mask's making that are followed
-_WORK = ("linear", "matmul", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention", "conv2d", "conv1d")
-_MOVES = tuple("view reshape _unsafe_view flatten unflatten squeeze unsqueeze permute transpose linear".split())  # noqa: SIM905
-_SHAPE_ONLY = ("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty")
+_WORK = WORK | {"conv2d", "conv1d"}
+_MOVES = REGROUPINGS | TURNS | {"linear"}
 
 
 class _Unknown(Exception):
@@ -69,7 +69,7 @@ class Masks:
     def __post_init__(self) -> None:
         self._place = {node: i for i, node in enumerate(self.gm.graph.nodes)}
         self._inputs = {node: i for i, node in enumerate(self.gm.graph.find_nodes(op="placeholder"))}
-        mutable = [node for node in self._place if getattr(getattr(node.target, "_schema", None), "is_mutable", False)]
+        mutable = [node for node in self._place if is_mutable(node)]
         self._writes = [(node, set(_aliases(node))) for node in mutable]
 
     def judge(self, attention: Attention, tokens: int, ahead: int = 0) -> Hides:
@@ -186,7 +186,7 @@ class Masks:
             if node in seen:
                 continue
             seen.add(node)
-            if not is_op(node, "sym_size", *_SHAPE_ONLY) and not self._is_bias(node):
+            if not is_op(node, "sym_size", *SHAPE_ONLY) and not self._is_bias(node):
                 todo += [value for value in node.all_input_nodes if _is_tensor(value)]
             if not todo:
                 todo = [w for w, written in self._writes if self._place[w] < last and w not in seen and written & seen]
@@ -239,7 +239,7 @@ class Masks:
 
     def _values(self, making: list[Node], others: dict[Node, Tensor]) -> dict[Node, Any]:
         values: dict[Node, Any] = {}
-        writes = any(getattr(getattr(node.target, "_schema", None), "is_mutable", False) for node in making)
+        writes = any(is_mutable(node) for node in making)
         for node in making:
             if node.op == "placeholder":
                 value = others[node] if node in others else self._example(node)
@@ -278,7 +278,7 @@ def _run(node: Node, values: dict[Node, Any]) -> Any:
         return values[node.args[0]]  # type: ignore[index]
     if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
         raise _Unknown
-    blank = is_op(node, *_SHAPE_ONLY)
+    blank = is_op(node, *SHAPE_ONLY)
 
     def value_of(n: Node) -> Any:
         if not _is_tensor(n):
@@ -328,10 +328,8 @@ def _aliases(node: Node) -> Iterator[Node]:
     target: Any = argument(node, "self", node.args[0] if node.args else None)
     while isinstance(target, Node):
         yield target
-        if target.op != "call_function" or not is_alias(target):
-            mutable = getattr(getattr(target.target, "_schema", None), "is_mutable", False)
-            if not mutable:
-                return
+        if not is_mutable(target) and (target.op != "call_function" or not is_alias(target)):
+            return
         inputs = tensor_inputs(target)
         target = inputs[0] if inputs else None
 

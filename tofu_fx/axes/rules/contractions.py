@@ -12,6 +12,7 @@ from tofu_fx.axes.known import Known
 from tofu_fx.axes.rules.arguments import shape_of
 from tofu_fx.axes.rules.result import Carried, Dropped, Rule, carried
 from tofu_fx.fx.nodes import argument, walk_back
+from tofu_fx.fx.op_families import ADDED_PRODUCTS, CONVOLUTIONS, MATRIX_PRODUCTS, TURNS
 
 
 def _sums_tokens(known: Known, node: Node, left: Dim, right: Dim) -> bool:
@@ -35,7 +36,7 @@ def _sums_tokens(known: Known, node: Node, left: Dim, right: Dim) -> bool:
 def _features(known: Known, value: Node) -> Axes:
     """The axes of an operand of a product; those of a weight, as stored or turned, are features on both sides."""
     axes = known.of(value)
-    *_, source = walk_back(value, ("t", "transpose", "permute", "to", "detach"))
+    *_, source = walk_back(value, TURNS | {"t", "to", "detach"})
     if source not in known.model_state and source.op != "get_attr":
         return axes
     return tuple(known.space.as_features(dim) for dim in axes)
@@ -136,10 +137,10 @@ def embedding(known: Known, node: Node) -> Axes:
 
 CONTRACTION_RULES: dict[str, Rule] = {
     "linear": linear,
-    **dict.fromkeys(["matmul", "mm", "bmm"], matmul),
-    **dict.fromkeys(["addmm", "baddbmm"], addmm),
+    **dict.fromkeys([*MATRIX_PRODUCTS, "mm"], matmul),
+    **dict.fromkeys(ADDED_PRODUCTS, addmm),
     "einsum": einsum,
     "embedding": embedding,
     "scaled_dot_product_attention": attention,
-    **dict.fromkeys(["conv1d", "conv2d", "conv3d", "convolution"], convolution),
+    **dict.fromkeys(CONVOLUTIONS, convolution),
 }

@@ -9,6 +9,7 @@ from tofu_fx.axes.known import Known
 from tofu_fx.axes.rules.arguments import shape_of
 from tofu_fx.axes.rules.result import Dropped, Rule
 from tofu_fx.fx.nodes import tensor_inputs
+from tofu_fx.fx.op_families import COPIES, LIKE, NEW
 
 
 def pointwise(known: Known, node: Node) -> Axes:
@@ -47,37 +48,13 @@ def no_output(known: Known, node: Node) -> Dropped:
 
 #: those that PyTorch tags as pointwise are not listed
 POINTWISE_RULES: dict[str, Rule] = {
-    **dict.fromkeys(
-        [
-            "dropout",
-            "alpha_dropout",
-            "feature_dropout",
-            "to",
-            "contiguous",
-            "clone",
-            "alias",
-            "detach",
-            "detach_",
-            "_to_copy",
-            "lift_fresh",
-            "lift_fresh_copy",
-            "zeros_like",
-            "ones_like",
-            "empty_like",
-            "full_like",
-            "rand_like",
-            "randn_like",
-            "bernoulli",
-            "resolve_conj",
-            "resolve_neg",
-            "log_sigmoid",
-            "hardswish",
-        ],
-        like_first,
-    ),
+    **dict.fromkeys([*COPIES - {"type_as"}, *LIKE], like_first),
+    **dict.fromkeys(["alpha_dropout", "feature_dropout", "detach_", "lift_fresh", "lift_fresh_copy"], like_first),
+    **dict.fromkeys(["rand_like", "randn_like", "bernoulli", "resolve_conj", "resolve_neg"], like_first),
+    **dict.fromkeys(["log_sigmoid", "hardswish"], like_first),
     "type_as": like_first_alone,
     "prelu": prelu,
     **dict.fromkeys(["where", "divide", "multiply", "copy", "float_power"], pointwise),
-    **dict.fromkeys(["new_zeros", "new_ones", "new_empty", "new_full"], factory),
+    **dict.fromkeys(NEW, factory),
     "_assert_tensor_metadata": no_output,
 }

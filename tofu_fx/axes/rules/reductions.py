@@ -11,6 +11,7 @@ from tofu_fx.axes.known import Known
 from tofu_fx.axes.rules.arguments import dims_of
 from tofu_fx.axes.rules.result import Carried, Dropped, Pooled, Rule
 from tofu_fx.fx.nodes import argument
+from tofu_fx.fx.op_families import SOFTMAX, TOKEN_NORMS
 
 
 def softmax(known: Known, node: Node) -> Carried:
@@ -64,8 +65,8 @@ def reduction(kind: Literal["mean", "sum", "max", "other"]) -> Rule:
 
 
 REDUCTION_RULES: dict[str, Rule] = {
-    **dict.fromkeys(["softmax", "_softmax", "log_softmax", "_log_softmax"], softmax),
-    **dict.fromkeys(["layer_norm", "rms_norm"], norm),
+    **dict.fromkeys([*SOFTMAX, "log_softmax", "_log_softmax"], softmax),
+    **dict.fromkeys(TOKEN_NORMS, norm),
     "batch_norm": batch_norm,
     "mean": reduction("mean"),
     "sum": reduction("sum"),

@@ -9,6 +9,7 @@ from tofu_fx.axes.atoms import Axes, Barrier, Dim, Kind, dim_size, has_tokens
 from tofu_fx.axes.known import Known
 from tofu_fx.axes.rules.arguments import dims_of, shape_of
 from tofu_fx.axes.rules.result import Rule
+from tofu_fx.fx.op_families import EXPANSIONS, REGROUPINGS
 
 
 def view(known: Known, node: Node) -> Axes:
@@ -70,14 +71,11 @@ def as_real(known: Known, node: Node) -> Axes:
 
 
 VIEW_RULES: dict[str, Rule] = {
-    **dict.fromkeys(
-        ["view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "reshape_as", "view_as"],
-        view,
-    ),
+    **dict.fromkeys([*REGROUPINGS, "reshape_as", "view_as"], view),
     "permute": permute,
     **dict.fromkeys(["transpose", "t"], transpose),
     **dict.fromkeys(["movedim", "moveaxis"], movedim),
-    **dict.fromkeys(["expand", "expand_as", "repeat"], expand),
+    **dict.fromkeys(EXPANSIONS, expand),
     "view_as_complex": as_complex,
     "view_as_real": as_real,
 }
