@@ -125,7 +125,7 @@ MUTANTS = (
     Mutant("the causal flag is not read", "tofu_fx/sites/attention.py",
         'causal=bool(argument(node, "is_causal"))', "causal=False", ("causal flag",), MASKS),
     Mutant("a product next to the softmax only is found", "tofu_fx/sites/attention.py",
-        "if far > _FAR or", "if far > 0 or", ("bmm",), REFERENCE),
+        "if far > MOST_BETWEEN or", "if far > 0 or", ("bmm",), REFERENCE),
     # ---- layout and metric
     Mutant("per-token values stand in the batch's order", "tofu_fx/rewrite/layout.py",
         "if ahead < len(batch):", "if False:", ("NBC",), REFERENCE),

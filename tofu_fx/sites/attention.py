@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -22,6 +23,8 @@ from tofu_fx.fx.nodes import argument, is_op, tensor_inputs
 from tofu_fx.fx.op_families import COPIES, PRODUCTS, REGROUPINGS, SOFTMAX, TOKEN_NORMS, TURNS
 from tofu_fx.sites.site import Attention, Decline
 
+logger = logging.getLogger("tofu_fx")
+
 #: whole layers in one op: what nn.TransformerEncoder and nn.MultiheadAttention become in eval mode without gradients
 OPAQUE = ("_transformer_encoder_layer_fwd", "_native_multi_head_attention")
 _BETWEEN = COPIES | REGROUPINGS | TURNS | {
@@ -29,7 +32,8 @@ _BETWEEN = COPIES | REGROUPINGS | TURNS | {
     "expand", "copy",
 }  # fmt: skip
 _PROJECTIONS = TOKEN_NORMS | {"linear", "batch_norm"}  # after them is another part of the block
-_FAR = 24  # ops between a product and its softmax; in 77 real models there were at most 9
+#: ops between a softmax and its product that are followed; in 77 real models there were at most 9
+MOST_BETWEEN = 24
 
 
 def find_attentions(tracer: AxisTracer) -> Iterator[Attention]:
@@ -270,16 +274,19 @@ def _way(start: Node, end: Node, any_op: bool = False) -> tuple[Node, ...]:
 
 def _nearest(start: Node, back: bool, any_op: bool = False) -> Node | None:
     """The nearest product reached through the ops that may stand between it and the softmax."""
-    todo, seen = deque([(start, 0)]), {start}
+    todo, seen, further = deque([(start, 0)]), {start}, False
     while todo:
         node, far = todo.popleft()
         if (is_op(node, *PRODUCTS) and node is not start) or (back and is_op(node, *PRODUCTS)):
             return node
         known = is_op(node, *_BETWEEN) or (any_op and not is_op(node, *_PROJECTIONS))
-        if far > _FAR or not (known or (node is start and not back)):
+        further |= far > MOST_BETWEEN and known
+        if far > MOST_BETWEEN or not (known or (node is start and not back)):
             continue
         for other in tensor_inputs(node) if back else node.users:
             if other not in seen:
                 seen.add(other)
                 todo.append((other, far + 1))
+    if further:
+        logger.debug("%s: no product within %d ops; further ones are not looked for", start, MOST_BETWEEN)
     return None
