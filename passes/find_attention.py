@@ -18,9 +18,10 @@ from tofu_fx.axes.rules.table import find_rule
 from tofu_fx.axes.tracer import AxisTracer, trace
 from tofu_fx.compilation import Analysed, Lowered
 from tofu_fx.fx.nodes import argument, is_op, module_path
+from tofu_fx.fx.op_families import MATRIX_PRODUCTS
 from tofu_fx.sites.attention import OPAQUE, find_attentions, find_comparisons
 from tofu_fx.sites.guards import Guard
-from tofu_fx.sites.masks import Masks
+from tofu_fx.sites.masks import MOST_OF_A_MASK, Masks
 from tofu_fx.sites.site import Attention, Decline, Declined, Found, Site, advanced
 
 _LINEAR = "linear attention: it sums over all tokens once and compares no two, so that fewer of them save little"
@@ -28,6 +29,7 @@ _MASKED = {
     "later": "causal attention: a token must not see what is merged into it from later ones",
     "pairs": "the mask lets each token see some others only: of a merged token it would see more",
     "unseen": "what the mask hides cannot be seen while compiling, or hangs on an input: it may be causal",
+    "far": f"the mask is made by more than the {MOST_OF_A_MASK} nodes that are followed: it may be causal",
 }
 
 
@@ -60,7 +62,7 @@ def _find_linear(graph: Lowered, attentions: Sequence[Attention], tracer: AxisTr
     compared: set[Node] = set()  # the weights that come of comparing two tokens, up to the next product
     found = []
     for node in graph.gm.graph.nodes:
-        if not is_op(node, "matmul", "bmm"):
+        if not is_op(node, *MATRIX_PRODUCTS):
             if not is_op(node, "linear") and any(value in compared for value in node.all_input_nodes):
                 compared.add(node)
             continue
@@ -93,7 +95,7 @@ def _site(
         own, read = tracer.space.flat(queries), tracer.space.flat(keys)
         ahead = own.offset - read.offset if own and read and own.base is read.base else 0
         hides = masks.judge(attention, site.tokens, ahead)
-        guard = masks.guard(attention, site.tokens, ahead) if hides in ("pairs", "unseen") else None
+        guard = masks.guard(attention, site.tokens, ahead) if hides in ("pairs", "unseen", "far") else None
         if guard is not None:
             hides = "keys"
         elif hides in ("nothing", "keys"):

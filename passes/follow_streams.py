@@ -22,6 +22,7 @@ from tofu_fx.axes.rules.table import find_rule
 from tofu_fx.axes.tracer import AxisTracer, BarrierRecord, Seed, trace
 from tofu_fx.compilation import Analysed, Followed
 from tofu_fx.fx.nodes import is_op, value_graph
+from tofu_fx.fx.op_families import WORK
 from tofu_fx.plan.options import Options
 from tofu_fx.sites.residual import sample_places, token_places
 from tofu_fx.sites.site import Decline, Declined, Placed, Site, advanced, placed
@@ -30,7 +31,6 @@ _VARYING = (
     "its number of tokens is symbolic; how many go is decided for each number, so every number is compiled on its own: "
     "pad the inputs to a few lengths"
 )
-_WORK = ("linear", "matmul", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention")
 
 
 class Streams(NamedTuple):
@@ -177,7 +177,7 @@ def _has_work(site: Placed, tracer: AxisTracer, flow: nx.DiGraph[Node]) -> bool:
         for user in flow.successors(node):
             if user in seen or not any(a.base.stream == site.stream for a in tracer.tokens(user)):
                 continue
-            if is_op(user, *_WORK):
+            if is_op(user, *WORK):
                 return True
             seen.add(user)
             todo.append(user)

@@ -19,7 +19,7 @@ import torch
 from torch.fx import Node
 
 from tofu_fx.compilation import Lowered
-from tofu_fx.fx.nodes import argument, is_alias, is_op
+from tofu_fx.fx.nodes import argument, is_alias, is_mutable, is_op
 
 #: their twins return flags, where in place they keep the dtype
 _FLAGS = {
@@ -120,7 +120,7 @@ def _is_private(targets: set[Node], place: dict[Node, int], at: int) -> bool:
 
 def _shares(node: Node) -> bool:
     """Whether the result may be its input's memory: a view, or an op that was left in place."""
-    return is_alias(node) or bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
+    return is_alias(node) or is_mutable(node)
 
 
 def _same_form(target: Node, node: Node) -> bool:

@@ -13,6 +13,9 @@ from torch.nn import functional as F
 import tofu_fx
 from tests.harness import compiled, randomise
 from tests.zoo.masked import ATTEND, Masked, N, R, are_there, filled_in_a_view, reasons, sample
+from tofu_fx.sites import residual
+from tofu_fx.sites.masks import MOST_OF_A_MASK
+from tofu_fx.sites.residual import LOOKED_AT
 
 
 def _positions(model: Any, x: Tensor) -> Tensor:
@@ -142,6 +145,28 @@ def test_mask_of_pairs_is_declined() -> None:
     packed = Masked(lambda m, x, ids: (ids[:, :, None] == ids[:, None])[:, None])
     (reason,) = reasons(randomise(packed), sample(), documents)
     assert "some others only" in reason
+
+
+@torch.no_grad()
+def test_reason_says_that_the_making_of_a_mask_is_longer_than_is_followed() -> None:
+    def long(m: Any, x: Tensor) -> Tensor:
+        hides = torch.ones(N, N, dtype=torch.bool)
+        for _ in range(MOST_OF_A_MASK):
+            hides = hides.logical_not()
+        return hides
+
+    (reason,) = reasons(randomise(Masked(long)), sample())
+    assert reason == f"the mask is made by more than the {MOST_OF_A_MASK} nodes that are followed: it may be causal"
+
+
+@torch.no_grad()
+def test_reason_says_that_no_end_of_a_branch_was_found_as_far_as_was_looked(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = randomise(Masked(lambda m, x: torch.ones(N, N, dtype=torch.bool)))
+    assert reasons(model, sample()) == {""}
+    monkeypatch.setattr(residual, "MOST_OF_A_BLOCK", 2)
+    (reason,) = reasons(model, sample())
+    assert reason.startswith("no add joins the attention")
+    assert LOOKED_AT in reason
 
 
 @torch.no_grad()

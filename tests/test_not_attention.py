@@ -14,8 +14,17 @@ from torch import Tensor, nn
 
 from tests.harness import compiled, relative_error
 from tofu_fx import explain
+from tofu_fx.sites.attention import MOST_BETWEEN
 
 Way = Callable[[Tensor, Tensor], Tensor]
+
+
+def far(x: Tensor) -> Tensor:
+    """More ops than are followed between a softmax and its products."""
+    for _ in range(MOST_BETWEEN + 2):
+        x = x * 1.01
+    return x
+
 
 KNOWN: dict[str, Way] = {
     "softmax": lambda s, v: s.softmax(-1) @ v,
@@ -52,6 +61,8 @@ DECLINED: dict[str, tuple[str, Way]] = {
         "aten.logsumexp.* after the product of queries and keys",
         lambda s, v: (s - s.logsumexp(-1, keepdim=True)).exp() @ v,
     ),
+    "too many ops ahead of the softmax": ("further .* than the 24 ops", lambda s, v: far(s).softmax(-1) @ v),
+    "too many ops after the softmax": ("further .* than the 24 ops", lambda s, v: far(s.softmax(-1)) @ v),
     "sigmoid": ("aten.sigmoid.* after the product of queries and keys", lambda s, v: s.sigmoid() @ v),
 }
 

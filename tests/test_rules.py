@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tofu_fx.axes.atoms import Atom, Base, token_atoms
+from tofu_fx.axes.atoms import Atom, Barrier, Base, token_atoms
+from tofu_fx.axes.rules.result import Carried, Dropped, Pooled
 from tofu_fx.axes.rules.table import RULES, find_rule
 from tofu_fx.axes.tracer import AxisTracer
 
@@ -146,7 +147,11 @@ def test_reductions_over_tokens_drop_them_without_a_barrier(name: str) -> None:
     tracer, output = traced(GONE[name])
     assert not tracer.barriers
     assert not tracer.tokens(output)
-    assert (output in tracer.pools) == ("max" not in name)
+    result = find_rule(output.target)(tracer.known, output)
+    assert isinstance(result, Dropped)
+    kind = name.split()[0]
+    assert (result.kind if isinstance(result, Pooled) else "max") == kind
+    assert tracer.pools == ({output: kind} if kind != "max" else {})
 
 
 @pytest.mark.parametrize("name", BARRIER)
@@ -156,6 +161,38 @@ def test_ops_that_need_the_tokens_in_their_places_are_barriers_with_a_reason(nam
     assert tracer.barriers
     assert any(reason in str(barrier) for barrier in tracer.barriers)
     assert not tracer.tokens(output)
+
+
+def test_a_rule_names_the_axes_that_it_mixes() -> None:
+    tracer, output = traced(CARRIED["layer_norm"])
+    result = find_rule(output.target)(tracer.known, output)
+    assert type(result) is Carried
+    assert result.axes == tracer.of(output)
+    assert result.mixed == tracer.of(output)[2]
+
+
+def state(tracer: AxisTracer) -> str:
+    """All that a walk found."""
+    return repr([{**vars(tracer), "known": None, "graph": None}, vars(tracer.samples)])
+
+
+@pytest.mark.parametrize("name", [*CARRIED, *GONE, *BARRIER])
+def test_rules_change_nothing_and_say_the_same_each_time(name: str) -> None:
+    tracer, _ = traced({**CARRIED, **GONE, **{key: function for key, (function, _) in BARRIER.items()}}[name])
+    before = state(tracer)
+    for node in tracer.graph.nodes:
+        rule = find_rule(node.target) if node.op == "call_function" else None
+        if rule is not None:
+            first, second = (said(rule, tracer, node) for _ in range(2))
+            assert first == second
+    assert state(tracer) == before
+
+
+def said(rule: Any, tracer: AxisTracer, node: Any) -> str:
+    try:
+        return repr(rule(tracer.known, node))
+    except Barrier as barrier:
+        return str(barrier)
 
 
 def test_every_rule_is_of_an_op_that_exists() -> None:

@@ -92,6 +92,21 @@ def dim_size(dim: Dim) -> int:
     return math.prod(atom.size for atom in dim)
 
 
+def atoms_of(*dims: Dim) -> Dim:
+    """The atoms of several dimensions, in order."""
+    return tuple(atom for dim in dims for atom in dim)
+
+
+def is_axes(axes: Any) -> bool:
+    """Whether this is the Axes of one tensor rather than a tuple of them (a dim holds atoms, an Axes holds dims)."""
+    return all(isinstance(atom, Atom) for dim in axes or () for atom in dim)
+
+
+def has_tokens(*dims: Dim) -> bool:
+    """Whether any of these dimensions holds tokens."""
+    return any(atom.is_token for dim in dims for atom in dim)
+
+
 def token_atoms(axes: Axes) -> list[Atom]:
     """The token atoms of a tensor, in order, repeated where a tensor carries the tokens twice."""
     return [atom for dim in axes for atom in dim if atom.is_token]

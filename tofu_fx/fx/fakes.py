@@ -18,6 +18,8 @@ from torch import SymBool, SymFloat, SymInt, Tensor
 from torch._prims_common import make_contiguous_strides_for
 from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
 
+from tofu_fx.fx.op_families import GROUPINGS
+
 #: beside the elementwise ops, which PyTorch tags: no result's form hangs on a device, a value or a global setting
 _PLAIN = {
     "view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "t",
@@ -32,7 +34,7 @@ _OWN = {"fuse_tokens", "permute_tokens", "restore_tokens"}
 #: of layer_norm)
 _LIKE_FIRST = {"layer_norm", "gelu", "relu", "silu", "sigmoid", "tanh", "add", "sub", "mul", "div"}
 #: of dims of size 1, whose strides mean nothing, the mode makes other strides than the kernel
-_REGROUPING = {"view", "reshape", "_unsafe_view", "flatten", "unflatten"}
+_REGROUPING = GROUPINGS
 
 
 def compute(target: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import operator
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import networkx as nx
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx._lazy_graph_module import _LazyGraphModule
+
+from tofu_fx.fx.op_families import MAY_ALIAS
 
 #: meta key of a size computed by make_polymorphic; it belongs to the one node that uses it
 LITERAL = "tofu_literal"
@@ -53,6 +55,11 @@ def is_op(node: Any, *names: str) -> bool:
     return packet is not None and packet.name.removeprefix("aten::") in names
 
 
+def is_mutable(node: Any) -> bool:
+    """Whether a node calls an op that writes to one of its operands."""
+    return bool(getattr(getattr(getattr(node, "target", None), "_schema", None), "is_mutable", False))
+
+
 def is_alias(node: Node) -> bool:
     """Whether the result may share memory with an input: views, and ops such as contiguous that only sometimes copy."""
     if node.target is operator.getitem:
@@ -61,8 +68,7 @@ def is_alias(node: Node) -> bool:
     if schema is None:
         return True  # a placeholder or something unknown: the caller's memory
     name = schema.name.removeprefix("aten::")
-    maybe = ("reshape", "contiguous", "to", "flatten", "expand_as", "view_as", "reshape_as", "type_as", "dropout")
-    return name in maybe or (not schema.is_mutable and any(r.alias_info is not None for r in schema.returns))
+    return name in MAY_ALIAS or (not schema.is_mutable and any(r.alias_info is not None for r in schema.returns))
 
 
 def may_multiply(node: Node) -> bool:
@@ -126,7 +132,7 @@ def graph_module(root: torch.nn.Module, graph: Graph) -> GraphModule:
     return module
 
 
-def walk_back(node: Node, through: tuple[str, ...]) -> Iterator[Node]:
+def walk_back(node: Node, through: Collection[str]) -> Iterator[Node]:
     """The node, then its first tensor input, and so on for as long as the ops are among ``through``."""
     while True:
         yield node

@@ -17,6 +17,7 @@ from tofu_fx.axes.atoms import Axes, Dim, dim_size
 from tofu_fx.axes.rules.table import find_rule, pointwise
 from tofu_fx.axes.tracer import AxisTracer
 from tofu_fx.fx.nodes import argument, is_op, tensor_inputs
+from tofu_fx.fx.op_families import ADDED_PRODUCTS, EXPANSIONS, MATRIX_PRODUCTS
 from tofu_fx.rewrite.layout import Emitter, Layout, align, aten
 from tofu_fx.rewrite.versions import Stream
 
@@ -99,7 +100,7 @@ class Companions:
         A feature tensor depends on the input, is floating point and has the shape of what it meets, batch included. One
         vector expanded over all tokens (a class token beside each patch) has nothing to merge.
         """
-        if is_op(value, "expand", "expand_as", "broadcast_to", "repeat"):
+        if is_op(value, *EXPANSIONS, "broadcast_to"):
             return False
         tensor = value.meta["val"]
         full = [dim_size(dim) for dim in self.tracer.of(value)] == [dim_size(dim) for dim in dims]
@@ -127,11 +128,11 @@ def consumer_dims(tracer: AxisTracer, node: Node, value: Node) -> tuple[Dim, ...
         if value is not argument(node, "attn_mask"):
             return own
         return scores_dims(tracer, node)
-    if is_op(node, "matmul", "bmm") and len(own) > 2:
+    if is_op(node, *MATRIX_PRODUCTS) and len(own) > 2:
         return (*tracer.of(node)[:-2], *own[-2:])
     if is_op(node, "einsum"):
         return _einsum_dims(tracer, node, value)
-    if is_op(node, "baddbmm", "addmm"):
+    if is_op(node, *ADDED_PRODUCTS):
         return tracer.of(node) if value is node.args[0] else own
     return tracer.of(node) if find_rule(node.target) is pointwise else own
 

@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from tofu_fx.axes.atoms import Barrier, token_atoms
 from tofu_fx.fx.nodes import argument, is_op
+from tofu_fx.fx.op_families import SOFTMAX
 from tofu_fx.rewrite.companions import scores_dims
 from tofu_fx.rewrite.context import RewriteContext
 from tofu_fx.rewrite.layout import Emitter, align, aten
@@ -44,7 +45,7 @@ def attention_bias(context: RewriteContext, node: Node, mapping: dict[Any, Any],
     if is_op(node, "scaled_dot_product_attention"):
         dims = scores_dims(context.tracer, node)
         place = len(dims) - 1
-    elif node in context.tracer.attention_nodes and is_op(node, "softmax", "_softmax"):
+    elif node in context.tracer.attention_nodes and is_op(node, *SOFTMAX):
         dims = context.tracer.of(node)
         place = int(argument(node, "dim")) % len(dims)
     else:

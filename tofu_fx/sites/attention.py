@@ -19,18 +19,18 @@ from torch.fx.node import map_arg
 from tofu_fx.axes.atoms import Atom, Axes, Base, Dim, hint
 from tofu_fx.axes.tracer import AxisTracer
 from tofu_fx.fx.nodes import argument, is_op, tensor_inputs
+from tofu_fx.fx.op_families import COPIES, PRODUCTS, REGROUPINGS, SOFTMAX, TOKEN_NORMS, TURNS
 from tofu_fx.sites.site import Attention, Decline
 
 #: whole layers in one op: what nn.TransformerEncoder and nn.MultiheadAttention become in eval mode without gradients
 OPAQUE = ("_transformer_encoder_layer_fwd", "_native_multi_head_attention")
-PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
-_BETWEEN = tuple(
-    "mul div add sub rsub masked_fill where to _to_copy type_as contiguous clone dropout clamp tanh alias detach "  # noqa: SIM905
-    "minimum maximum permute transpose linear expand "
-    "view reshape flatten unflatten _unsafe_view unsqueeze squeeze copy".split()
-)
-_PROJECTIONS = ("linear", "layer_norm", "rms_norm", "batch_norm")  # after them is another part of the block
-_FAR = 24  # ops between a product and its softmax; in 77 real models there were at most 9
+_BETWEEN = COPIES | REGROUPINGS | TURNS | {
+    "mul", "div", "add", "sub", "rsub", "masked_fill", "where", "clamp", "tanh", "minimum", "maximum", "linear",
+    "expand", "copy",
+}  # fmt: skip
+_PROJECTIONS = TOKEN_NORMS | {"linear", "batch_norm"}  # after them is another part of the block
+#: ops between a softmax and its product that are followed; in 77 real models there were at most 9
+MOST_BETWEEN = 24
 
 
 def find_attentions(tracer: AxisTracer) -> Iterator[Attention]:
@@ -43,7 +43,7 @@ def find_attentions(tracer: AxisTracer) -> Iterator[Attention]:
             yield _fused(node)
         elif is_op(node, *OPAQUE):
             yield Attention(node, node.args[0], -2, -1, node.args[0], -2, -1)
-        elif is_op(node, "softmax", "_softmax"):
+        elif is_op(node, *SOFTMAX):
             found = _written(tracer, node)
             if found is not None:
                 yield found
@@ -53,7 +53,7 @@ def find_comparisons(tracer: AxisTracer, attentions: Iterable[Attention]) -> Ite
     """Products that compare tokens with tokens and belong to none of the attentions, as unrecognised ones."""
     known = {node for a in attentions for node in (a.node, a.scores, *a.way[:1])}
     for node in tracer.graph.nodes:
-        if node in known or not is_op(node, "matmul", "bmm", "baddbmm"):
+        if node in known or not is_op(node, *PRODUCTS - {"einsum"}):
             continue
         left, right = _operands(node)
         a, b = tracer.of(left), tracer.of(right)
@@ -66,6 +66,8 @@ def find_comparisons(tracer: AxisTracer, attentions: Iterable[Attention]) -> Ite
             follows = _first_unknown(node)
             op = _name(follows) if follows is not None else "what follows"
             reason = f"{op} after the product of queries and keys is none of the known ways to write attention"
+            if follows is not None and _is_far(follows):
+                reason = f"{op} is further from its products than the {MOST_BETWEEN} ops that are followed"
             yield Attention(node, left, -2, -1, right, -1, -2, unrecognised=Decline(reason, follows or node))
 
 
@@ -81,6 +83,11 @@ def _first_unknown(scores: Node) -> Node | None:
                 seen.add(user)
                 todo.append(user)
     return None
+
+
+def _is_far(node: Node) -> bool:
+    """Whether a node is a softmax from which a product was looked for as far as is followed."""
+    return is_op(node, *SOFTMAX) and (_nearest(node.args[0], back=True).cut or _nearest(node, back=False).cut)  # type: ignore[arg-type]
 
 
 def _name(node: Node) -> str:
@@ -100,8 +107,8 @@ def _operands(product: Node) -> tuple[Node, Node]:
 
 
 def _written(tracer: AxisTracer, softmax: Node) -> Attention | None:
-    scores = _nearest(softmax.args[0], back=True)  # type: ignore[arg-type]
-    value_product = _nearest(softmax, back=False)
+    scores = _nearest(softmax.args[0], back=True).product  # type: ignore[arg-type]
+    value_product = _nearest(softmax, back=False).product
     if scores is None or value_product is None:
         return _unrecognised(softmax, scores, value_product)
     rank = softmax.meta["val"].dim()
@@ -229,9 +236,9 @@ def _summed(product: Node, weights: Node, dims: Axes) -> Dim | None:
 
 def _unrecognised(softmax: Node, scores: Node | None, value_product: Node | None) -> Attention | None:
     """An attention with something else around its softmax (head mixing by a convolution, a sliding window)."""
-    ahead = scores or _nearest(softmax.args[0], back=True, any_op=True)  # type: ignore[arg-type]
-    last = value_product or _nearest(softmax, back=False, any_op=True)
-    if ahead is None or last is None or not is_op(ahead, "matmul", "bmm", "einsum"):
+    ahead = scores or _nearest(softmax.args[0], back=True, any_op=True).product  # type: ignore[arg-type]
+    last = value_product or _nearest(softmax, back=False, any_op=True).product
+    if ahead is None or last is None or not is_op(ahead, *PRODUCTS - {"baddbmm"}):
         return None
     sides = _sides(ahead)
     if sides is None:
@@ -269,18 +276,26 @@ def _way(start: Node, end: Node, any_op: bool = False) -> tuple[Node, ...]:
     return tuple(way)
 
 
-def _nearest(start: Node, back: bool, any_op: bool = False) -> Node | None:
+class _Nearest(NamedTuple):
+    """The nearest product, and whether ops that were not followed may lead to one."""
+
+    product: Node | None
+    cut: bool = False
+
+
+def _nearest(start: Node, back: bool, any_op: bool = False) -> _Nearest:
     """The nearest product reached through the ops that may stand between it and the softmax."""
-    todo, seen = deque([(start, 0)]), {start}
+    todo, seen, cut = deque([(start, 0)]), {start}, False
     while todo:
         node, far = todo.popleft()
         if (is_op(node, *PRODUCTS) and node is not start) or (back and is_op(node, *PRODUCTS)):
-            return node
+            return _Nearest(node)
         known = is_op(node, *_BETWEEN) or (any_op and not is_op(node, *_PROJECTIONS))
-        if far > _FAR or not (known or (node is start and not back)):
+        cut |= far > MOST_BETWEEN and known
+        if far > MOST_BETWEEN or not (known or (node is start and not back)):
             continue
         for other in tensor_inputs(node) if back else node.users:
             if other not in seen:
                 seen.add(other)
                 todo.append((other, far + 1))
-    return None
+    return _Nearest(None, cut)

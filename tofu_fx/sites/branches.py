@@ -10,6 +10,7 @@ the projections, too, work on fewer tokens. It ends where it meets whole tokens 
 from __future__ import annotations
 
 import heapq
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -20,14 +21,16 @@ from torch.fx import Node
 from tofu_fx.axes.atoms import Atom, Axes
 from tofu_fx.axes.tracer import AxisTracer
 from tofu_fx.fx.nodes import is_op, tensor_inputs
-from tofu_fx.sites.attention import PRODUCTS
-from tofu_fx.sites.residual import descendants, image_of, protected, token_places, too_few
+from tofu_fx.fx.op_families import CONVOLUTIONS, COPIES, TOKEN_NORMS, WORK
+from tofu_fx.sites.residual import LOOKED_AT, descendants, image_of, protected, token_places, too_few
 from tofu_fx.sites.site import Branch, Decline, Declined, Found, Placed, advanced
 
-_COPIES = ("to", "_to_copy", "type_as", "alias", "dropout", "contiguous", "clone", "detach")
-_STREAM = ("layer_norm", "rms_norm", *_COPIES)
-_PARALLEL = 8  # nodes of the residual stream that the branches of one block may start at
-_WORK = (*PRODUCTS, "linear", "addmm", "scaled_dot_product_attention", "conv1d", "conv2d", "convolution")
+logger = logging.getLogger("tofu_fx")
+
+_STREAM = TOKEN_NORMS | COPIES
+#: nodes of the residual stream that the branches of one block may start at
+MOST_PARALLEL = 8
+_WORK = WORK | CONVOLUTIONS - {"conv3d"}
 
 
 def place_branches(
@@ -52,8 +55,9 @@ def place_branches(
     queries = plain.space.flat(plain.of(attention.query)[attention.query_tokens])
     if queries is None or queries.size < 2:
         return Declined(site, Decline("there is one token", attention.node))
+    following = descendants(attention.node, order)
     for tokens in _by_preference(queries, plain, grid):
-        found = _attention_branch(site, tokens, plain, order)
+        found = _attention_branch(site, following.nodes, tokens, plain, order)
         if found is None:
             continue
         add, branch = found
@@ -75,7 +79,9 @@ def place_branches(
             branches=(branch, *_next_branches(add, tokens, run, plain, order, kinds, others)),
         )
         return place if free >= 2 else too_few(place)
-    reason = "no add joins the attention with the tokens that its queries come from: the branch has no end"
+    searched = LOOKED_AT if following.cut else ""
+    joins = f"no add joins the attention with the tokens that its queries come from{searched}"
+    reason = f"{joins}: the branch has no end"
     return Declined(site, Decline(reason, attention.node))
 
 
@@ -87,12 +93,12 @@ def _by_preference(queries: Atom, plain: AxisTracer, grid: tuple[int, int] | Non
 
 
 def _attention_branch(
-    site: Found, tokens: Atom, plain: AxisTracer, order: Mapping[Node, int]
+    site: Found, following: Sequence[Node], tokens: Atom, plain: AxisTracer, order: Mapping[Node, int]
 ) -> tuple[Node, Branch] | None:
-    """The residual add of an attention, and its branch; None where there is none for these tokens."""
+    """The residual add of an attention among the nodes after it, and its branch; None where these tokens have none."""
     node = site.attention.node
     reached = {node}
-    for user in sorted(descendants(node, order), key=order.__getitem__):
+    for user in following:
         inputs = tensor_inputs(user)
         if not any(value in reached for value in inputs):
             continue
@@ -157,12 +163,13 @@ def _branch(
 def _next_add(
     start: Node, tokens: Atom, plain: AxisTracer, order: Mapping[Node, int]
 ) -> tuple[Node, Node, Node] | None:
-    """The first residual add behind a node of the residual stream: the add, the stream's operand, and the branch's.
+    """The first residual add after a node of the residual stream: the add, the stream's operand, and the branch's.
 
     Between the two the stream may be normed (post-norm blocks), cast or copied.
     """
     stream, reached = {start}, {start}
-    for node in sorted(descendants(start, order), key=order.__getitem__):
+    following, cut = descendants(start, order)
+    for node in following:
         inputs = tensor_inputs(node)
         behind = [value for value in inputs if value in reached]
         if not behind:
@@ -174,6 +181,8 @@ def _next_add(
         reached.add(node)
         if is_op(node, *_STREAM) and skips:
             stream.add(node)
+    if cut:
+        logger.debug("%s: no residual add follows%s", start, LOOKED_AT)
     return None
 
 
@@ -184,17 +193,7 @@ def _entry(
 
     None where the tails are not computed from the stream.
     """
-    # The stream, what it is a copy or a multiple of, and what branches beside were added to.
-    roots, origins = {skip}, [skip]
-    while origins:
-        node = origins.pop()
-        sources = tensor_inputs(node) if is_op(node, "mul", "div", "add") else []
-        if is_op(node, *_COPIES):
-            sources = tensor_inputs(node)[:1]
-        for value in sources if len(roots) < _PARALLEL else ():
-            if value not in roots and _carries(value, tokens, plain):
-                roots.add(value)
-                origins.append(value)
+    roots = _roots(skip, tokens, plain)
     seen, todo = set(tails), [(-order[node], node) for node in set(tails)]
     heapq.heapify(todo)
     narrow: list[Node] = []  # the nodes that all of the branch is computed from, the last one first
@@ -220,6 +219,24 @@ def _entry(
     if ahead:
         return max(ahead, key=order.__getitem__)
     return min(usable, key=order.__getitem__) if usable else None
+
+
+def _roots(skip: Node, tokens: Atom, plain: AxisTracer) -> set[Node]:
+    """The stream, what it is a copy or a multiple of, and what branches beside were added to."""
+    roots, origins = {skip}, [skip]
+    while origins:
+        node = origins.pop()
+        sources = tensor_inputs(node) if is_op(node, "mul", "div", "add") else []
+        if is_op(node, *COPIES):
+            sources = tensor_inputs(node)[:1]
+        if sources and len(roots) >= MOST_PARALLEL:
+            logger.debug("%s: branches may start at %d nodes of the stream; this is one more", node, MOST_PARALLEL)
+            continue
+        for value in sources:
+            if value not in roots and _carries(value, tokens, plain):
+                roots.add(value)
+                origins.append(value)
+    return roots
 
 
 def _is_enterable(node: Node, tokens: Atom, plain: AxisTracer) -> bool:

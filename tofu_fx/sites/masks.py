@@ -1,8 +1,8 @@
 """What an attention's masks hide, judged by their values.
 
-Merging moves what a token sees: behind a causal mask a token would see what later ones were merged into an earlier one.
+Merging moves what a token sees: under a causal mask a token would see what later ones were merged into an earlier one.
 Nobody can tell from the ops of a mask what it hides. So what the model does to the scores on their way to the softmax
-and to the weights behind it is done to blank ones: first with the inputs that the graph was traced with, then with
+and to the weights after it is done to blank ones: first with the inputs that the graph was traced with, then with
 others (zeros, ones, random flags, running numbers) for the calls that are to come.
 """
 
@@ -19,20 +19,22 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from tofu_fx.axes.atoms import Barrier, hint
-from tofu_fx.fx.nodes import argument, is_alias, is_op, tensor_inputs
+from tofu_fx.fx.nodes import argument, is_alias, is_mutable, is_op, tensor_inputs
+from tofu_fx.fx.op_families import REGROUPINGS, SHAPE_ONLY, TURNS, WORK
 from tofu_fx.sites.guards import Guard
 from tofu_fx.sites.site import Attention
 
-#: ordered: nothing is hidden; tokens are hidden from all alike (padding); some from some; later ones from earlier ones
-Hides = Literal["nothing", "keys", "pairs", "unseen", "later"]
-_ORDER: tuple[Hides, ...] = ("nothing", "keys", "pairs", "unseen", "later")
+#: ordered: nothing is hidden; tokens are hidden from all alike (padding); some from some; it cannot be seen; too many
+#: nodes make the mask to follow them; later tokens are hidden from earlier ones
+Hides = Literal["nothing", "keys", "pairs", "unseen", "far", "later"]
+_ORDER: tuple[Hides, ...] = ("nothing", "keys", "pairs", "unseen", "far", "later")
 
 #: A key is hidden from a query if its logit is so far below the highest: exp(-46) = 1e-20 of the weight
 FAR_BELOW = 46.0
-_NEAR = 400  # nodes of a mask's making that are followed
-_WORK = ("linear", "matmul", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention", "conv2d", "conv1d")
-_MOVES = tuple("view reshape _unsafe_view flatten unflatten squeeze unsqueeze permute transpose linear".split())  # noqa: SIM905
-_SHAPE_ONLY = ("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty")
+#: nodes of a mask's making that are followed
+MOST_OF_A_MASK = 400
+_WORK = WORK | {"conv2d", "conv1d"}
+_MOVES = REGROUPINGS | TURNS | {"linear"}
 
 
 class _Unknown(Exception):
@@ -69,7 +71,7 @@ class Masks:
     def __post_init__(self) -> None:
         self._place = {node: i for i, node in enumerate(self.gm.graph.nodes)}
         self._inputs = {node: i for i, node in enumerate(self.gm.graph.find_nodes(op="placeholder"))}
-        mutable = [node for node in self._place if getattr(getattr(node.target, "_schema", None), "is_mutable", False)]
+        mutable = [node for node in self._place if is_mutable(node)]
         self._writes = [(node, set(_aliases(node))) for node in mutable]
 
     def judge(self, attention: Attention, tokens: int, ahead: int = 0) -> Hides:
@@ -89,8 +91,8 @@ class Masks:
     def _judge(self, attention: Attention, tokens: int, ahead: int) -> Hides:
         making = self._making(attention)
         inputs = [n for n in making if n in self._inputs and n not in self.model_state and _is_tensor(n)]
-        if len(making) > _NEAR:
-            return "unseen"
+        if len(making) > MOST_OF_A_MASK:
+            return "far"
         try:
             found = [_hides(self._sees(attention, tokens, making, {}), ahead)]
             examples = {node: self._example(node) for node in inputs}
@@ -173,38 +175,38 @@ class Masks:
         return None if args is None else args[self._inputs[node]]
 
     def _making(self, attention: Attention) -> list[Node]:
-        """The nodes that the masks' values are computed from, in graph order; behind a size there is nothing.
+        """The nodes that the masks' values are computed from, in graph order.
 
-        Nor is there behind a product of features: what the model computes is a bias, around which a mask may be added.
-        What is written into a mask, through a view of it too, belongs to its making.
+        It ends at sizes, and at products of features: what the model computes is a bias, around which a mask may be
+        added. What is written into a mask, through a view of it too, belongs to its making.
         """
         last = self._place[attention.node]
         seen: set[Node] = set()
         todo = sides(attention)
-        while todo and len(seen) <= _NEAR:
+        while todo and len(seen) <= MOST_OF_A_MASK:
             node = todo.pop()
             if node in seen:
                 continue
             seen.add(node)
-            if not is_op(node, "sym_size", *_SHAPE_ONLY) and not self._is_bias(node):
+            if not is_op(node, "sym_size", *SHAPE_ONLY) and not self._is_bias(node):
                 todo += [value for value in node.all_input_nodes if _is_tensor(value)]
             if not todo:
                 todo = [w for w, written in self._writes if self._place[w] < last and w not in seen and written & seen]
         return sorted(seen, key=self._place.__getitem__)
 
     def _is_bias(self, node: Node) -> bool:
-        """Whether a product is one of features, with weights of the model in it."""
+        """Whether a product is one of features, with weights of the model in it, or too many nodes make it to tell."""
         if not is_op(node, *_WORK) or node not in self.depends:
             return False
         seen, todo = {node}, [node]
-        while todo and len(seen) < _NEAR:
+        while todo and len(seen) < MOST_OF_A_MASK:
             for value in todo.pop().all_input_nodes:
                 if isinstance(value.meta.get("example_value"), torch.nn.Parameter):
                     return True
                 if value not in seen:
                     seen.add(value)
                     todo.append(value)
-        return len(seen) >= _NEAR
+        return len(seen) >= MOST_OF_A_MASK
 
     def _example(self, node: Node) -> Any:
         value = None if self.example_inputs is None else self.example_inputs[self._inputs[node]]
@@ -239,7 +241,7 @@ class Masks:
 
     def _values(self, making: list[Node], others: dict[Node, Tensor]) -> dict[Node, Any]:
         values: dict[Node, Any] = {}
-        writes = any(getattr(getattr(node.target, "_schema", None), "is_mutable", False) for node in making)
+        writes = any(is_mutable(node) for node in making)
         for node in making:
             if node.op == "placeholder":
                 value = others[node] if node in others else self._example(node)
@@ -278,7 +280,7 @@ def _run(node: Node, values: dict[Node, Any]) -> Any:
         return values[node.args[0]]  # type: ignore[index]
     if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
         raise _Unknown
-    blank = is_op(node, *_SHAPE_ONLY)
+    blank = is_op(node, *SHAPE_ONLY)
 
     def value_of(n: Node) -> Any:
         if not _is_tensor(n):
@@ -328,10 +330,8 @@ def _aliases(node: Node) -> Iterator[Node]:
     target: Any = argument(node, "self", node.args[0] if node.args else None)
     while isinstance(target, Node):
         yield target
-        if target.op != "call_function" or not is_alias(target):
-            mutable = getattr(getattr(target.target, "_schema", None), "is_mutable", False)
-            if not mutable:
-                return
+        if not is_mutable(target) and (target.op != "call_function" or not is_alias(target)):
+            return
         inputs = tensor_inputs(target)
         target = inputs[0] if inputs else None
 

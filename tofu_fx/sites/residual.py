@@ -1,10 +1,11 @@
-"""Where a stream may shrink: the residual add behind an attention, and the tokens there that are protected."""
+"""Where a stream may shrink: the residual add after an attention, and the tokens there that are protected."""
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from torch.fx import Node
 
@@ -14,7 +15,10 @@ from tofu_fx.fx.nodes import argument, is_op
 from tofu_fx.sites.site import Attention, Decline, Declined, Found, Placed, advanced
 
 _NEAR_THE_END = 16  # a token that the graph takes by its position this near an end is a prefix or suffix token
-_FAR = 200  # nodes: a block of the deepest model met has 60
+#: nodes that are looked at, after an attention or back from its queries; a block of the deepest model met has 60
+MOST_OF_A_BLOCK = 200
+#: what a reason says where the search ended there
+LOOKED_AT = f", among the {MOST_OF_A_BLOCK} nodes that are looked at"
 
 
 def place_site(site: Found, plain: AxisTracer, order: dict[Node, int]) -> Placed | Declined:
@@ -24,10 +28,13 @@ def place_site(site: Found, plain: AxisTracer, order: dict[Node, int]) -> Placed
     if keys is None or keys.size < 2:
         return Declined(site, Decline("there is one token", attention.node))
     reached = {attention.node}
-    for node in sorted(descendants(attention.node, order), key=order.__getitem__):
+    following, cut = descendants(attention.node, order)
+    for node in following:
         if not any(value in reached for value in node.all_input_nodes):
             continue
-        if is_op(node, "add") and _joins_residual(node, reached, attention.query, plain):
+        joins = is_op(node, "add") and _joins_residual(node, reached, attention.query, plain)
+        cut |= joins is None
+        if joins:
             if len(token_places(plain, node, keys)) != 1:
                 return Declined(site, Decline(_not_of_the_stream(site, node), node))
             lead, tail = protected(keys, plain)
@@ -36,7 +43,7 @@ def place_site(site: Found, plain: AxisTracer, order: dict[Node, int]) -> Placed
             return place if free >= 2 else too_few(place)
         reached.add(node)
     reason = "no add joins the attention with the tokens that its queries come from"
-    return Declined(site, Decline(reason, attention.node))
+    return Declined(site, Decline(f"{reason}{LOOKED_AT if cut else ''}", attention.node))
 
 
 def too_few(site: Placed) -> Declined:
@@ -59,9 +66,9 @@ def _not_of_the_stream(site: Found, node: Node) -> str:
 
 
 def next_branch(start: Node, order: dict[Node, int]) -> Node | None:
-    """What the first residual add behind a node of the stream adds to it; None where there is none near."""
+    """What the first residual add after a node of the stream adds to it; None where there is none near."""
     came_from: dict[Node, set[Node]] = {start: set()}  # each node with those between the start and it
-    for node in sorted(descendants(start, order), key=order.__getitem__):
+    for node in descendants(start, order).nodes:
         inputs = [value for value in node.all_input_nodes if value in came_from]
         if is_op(node, "add") and len(inputs) == 2:
             skip, branch = sorted(inputs, key=order.__getitem__)
@@ -93,35 +100,46 @@ def sample_places(attention: Attention, plain: AxisTracer, node: Node, dim: int,
     ]
 
 
-def descendants(start: Node, order: Mapping[Node, int]) -> Iterator[Node]:
-    """What is computed from a node, in graph order, as far as a block can reach (a bounded walk: linear in layers)."""
+class Descendants(NamedTuple):
+    """What is computed from a node, in graph order, and whether there is more of it than was looked at."""
+
+    nodes: list[Node]
+    cut: bool
+
+
+def descendants(start: Node, order: Mapping[Node, int]) -> Descendants:
+    """What is computed from a node, as far as a block can reach (a bounded walk: linear in layers)."""
+    nodes: list[Node] = []
     seen, todo = {start}, [(order[start], start)]
-    while todo and len(seen) < _FAR:
+    while todo and len(seen) < MOST_OF_A_BLOCK:
         _, node = heapq.heappop(todo)
         if node is not start:
-            yield node
+            nodes.append(node)
         for user in node.users:
             if user not in seen:
                 seen.add(user)
                 heapq.heappush(todo, (order[user], user))
+    return Descendants(nodes, bool(todo))
 
 
-def _joins_residual(node: Node, reached: set[Node], query: Node, plain: AxisTracer) -> bool:
-    """Whether an add joins the attention's branch with the stream that the attention read."""
+def _joins_residual(node: Node, reached: set[Node], query: Node, plain: AxisTracer) -> bool | None:
+    """Whether an add joins the attention's branch with the stream that the attention read; None where the query was not
+    followed back far enough to tell.
+    """
     others = [value for value in node.all_input_nodes if value not in reached]
     if len(others) != 1 or others[0] not in plain.depends or others[0].meta["val"].dim() != node.meta["val"].dim():
         return False
     # The residual operand, or what it is a multiple of (scaled residuals), is what the query was computed from.
     roots = {others[0], *others[0].all_input_nodes}
     seen, todo = {query}, [query]
-    while todo and len(seen) < _FAR:
+    while todo and len(seen) < MOST_OF_A_BLOCK:
         for value in todo.pop().all_input_nodes:
             if value in roots and value in plain.depends:
                 return True
             if value not in seen and value.op == "call_function":
                 seen.add(value)
                 todo.append(value)
-    return False
+    return None if todo else False
 
 
 def image_of(tokens: Atom, free: int, plain: AxisTracer) -> tuple[int, int, int] | None:
@@ -136,7 +154,7 @@ def protected(tokens: Atom, plain: AxisTracer) -> tuple[int, int]:
     """Prefix and suffix tokens, from both ends of the graph.
 
     Ahead: what was concatenated that does not depend on the input (the run's positions outside of its base).
-    Behind: what the graph later takes by position near an end (class token, registers, detection tokens).
+    After: what the graph later takes by position near an end (class token, registers, detection tokens).
     """
     lead, tail = max(0, tokens.lead), max(0, tokens.tail)
     for node in plain.graph.nodes:

@@ -2,46 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from torch.fx import Node
 
-from tofu_fx.axes.atoms import Axes, Barrier
-from tofu_fx.axes.tracer import AxisTracer
+from tofu_fx.axes.atoms import Barrier, atoms_of, has_tokens
+from tofu_fx.axes.known import Known
+from tofu_fx.axes.rules.result import Carried, Rule
 
 
-def group_norm(tracer: AxisTracer, node: Node) -> Axes:
+def group_norm(known: Known, node: Node) -> Carried:
     """Statistics over places and some of the channels of each sample."""
-    axes = tracer.of(node.args[0])
-    if any(atom.is_token for dim in axes[1:] for atom in dim):
+    axes = known.of(node.args[0])
+    if has_tokens(*axes[1:]):
         raise Barrier("the norm's statistics run over tokens")
-    tracer.mix(*axes[1:])
-    return axes
+    return Carried(axes, mixed=atoms_of(*axes[1:]))
 
 
-def resampled(tracer: AxisTracer, node: Node) -> Axes:
+def resampled(known: Known, node: Node) -> Carried:
     """Upsampling and pooling of ``[B, C, ...]``: batch and channels pass, the places are new ones."""
-    return _places_anew(tracer, node, 2)
+    return _places_anew(known, node, 2)
 
 
-def shuffled(tracer: AxisTracer, node: Node) -> Axes:
+def shuffled(known: Known, node: Node) -> Carried:
     """pixel_shuffle and pixel_unshuffle: the last three dims become others."""
-    return _places_anew(tracer, node, len(tracer.of(node.args[0])) - 3)
+    return _places_anew(known, node, len(known.of(node.args[0])) - 3)
 
 
-def _places_anew(tracer: AxisTracer, node: Node, kept: int) -> Axes:
-    axes, shape = tracer.of(node.args[0]), node.meta["val"].shape
-    if any(atom.is_token for dim in axes[kept:] for atom in dim):
+def _places_anew(known: Known, node: Node, kept: int) -> Carried:
+    axes, shape = known.of(node.args[0]), node.meta["val"].shape
+    if has_tokens(*axes[kept:]):
         raise Barrier("an image of tokens is resampled")
     if len(axes) < kept + 2:
         raise Barrier("an image without a batch is resampled")
-    tracer.mix(*axes[kept:])
-    fresh = [tracer.space.fresh(f"{node.name}.{i}", size) for i, size in enumerate(shape[kept:], start=kept)]
-    return (*axes[:kept], *fresh)
+    fresh = [known.space.fresh(f"{node.name}.{i}", size) for i, size in enumerate(shape[kept:], start=kept)]
+    return Carried((*axes[:kept], *fresh), mixed=atoms_of(*axes[kept:]))
 
 
-IMAGE_RULES: dict[str, Callable[[AxisTracer, Node], Any]] = {
+IMAGE_RULES: dict[str, Rule] = {
     "group_norm": group_norm,
     **dict.fromkeys(
         ["upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "avg_pool2d", "adaptive_avg_pool2d"],
