@@ -2,8 +2,8 @@
 
 Every node's fake value was computed while the graph was written; this pass computes them once more from the inputs
 alone, so that no node stands on a value that another node no longer has. Both times by ``tofu_fx.fx.fakes.compute``:
-what it saves is the mode's way to an op's meta kernel, never the check that shapes fit. And wherever there are tokens of a
-reduced stream there are all of its samples. Changes nothing in the graph.
+what it saves is the mode's way to an op's meta kernel, never the check that shapes fit. And wherever there are tokens
+of a reduced stream there are all of its samples. Changes nothing in the graph.
 """
 
 from __future__ import annotations

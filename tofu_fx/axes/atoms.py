@@ -33,7 +33,7 @@ class Base:
     """A source axis. Two bases are the same axis only if they are the same object.
 
     ``kind`` is ``"feature"`` for axes made by a contraction with a weight (so that channel attention, whose "tokens"
-    are features, is told apart), ``"token"`` for the axis of a stream, else ``"plain"``. ``symbolic`` says that the
+    are features, is distinguished), ``"token"`` for the axis of a stream, else ``"plain"``. ``symbolic`` says that the
     graph keeps the size as a symbol (a dynamic batch), so that it must not be written as a number.
     """
 
@@ -64,7 +64,7 @@ class Atom:
 
     @property
     def tail(self) -> int:
-        """Protected tokens behind the reducible ones."""
+        """Protected tokens after the reducible ones."""
         return self.offset + self.size - self.base.size
 
     def __repr__(self) -> str:

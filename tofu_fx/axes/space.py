@@ -222,7 +222,7 @@ class Space:
             else:
                 return (Atom(first.base, first.offset - ahead, total),)
         dependent = [i for i, (_, size, depends) in enumerate(parts) if depends and size == 1]
-        if not runs and len(dependent) == 1:  # a single token behind prefix tokens
+        if not runs and len(dependent) == 1:  # a single token after prefix tokens
             ahead = sum(size for _, size, _ in parts[: dependent[0]])
             key = (*key, "one of", ahead)
             if key not in self._derived:

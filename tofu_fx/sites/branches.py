@@ -128,7 +128,7 @@ def _next_branches(
     kinds: Collection[str],
     others: Collection[Node],
 ) -> list[Branch]:
-    """The branches behind an attention's, up to the next attention over tokens, of the kinds that are wanted."""
+    """The branches after an attention's, up to the next attention over tokens, of the kinds that are wanted."""
     found: list[Branch] = []
     while True:
         meeting = _next_add(add, tokens, plain, order)
@@ -296,7 +296,7 @@ def _between(start: Node, end: Node, order: Mapping[Node, int]) -> frozenset[Nod
 
 
 def _outside(run: Atom, tokens: Atom, plain: AxisTracer) -> tuple[int, int]:
-    """The protected tokens of a run ahead of and behind those that may be reduced."""
+    """The protected tokens of a run before and after those that may be reduced."""
     if run == tokens:
         return protected(tokens, plain)
     ahead, pieces = 0, plain.space.pieces(run)
