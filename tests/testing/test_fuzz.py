@@ -127,6 +127,13 @@ def test_a_size_that_the_model_asks_for_is_no_tensor_of_tokens() -> None:
     assert verdict.reduced
 
 
+def test_keys_that_carry_the_tokens_of_two_streams_are_matched_by_neither() -> None:
+    """Found by seed 101, case 187: attention over the batch is a site too, whose "tokens" are the other keys' batch."""
+    verdict = check(Case(Spec(attention="baddbmm", prefix=0, pooling="mean", mixing="attention")))
+    assert not verdict.failure
+    assert verdict.reduced
+
+
 def test_a_fault_in_the_compiler_is_found_and_made_simple(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rewriter, "attention_bias", lambda *args: None)  # log(size) is forgotten
 

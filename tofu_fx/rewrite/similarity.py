@@ -118,6 +118,8 @@ class Similarity:
         if not token_atoms((axes[place],)):
             axes[place] = (self._first_run(source, place),)
         run = axes[place][0]
+        if len(token_atoms(tuple(axes))) > 1:
+            raise Barrier("the keys carry the tokens of another stream, too")
         if context.native.get(source, 0) != version:
             raise Barrier("the keys are not of the tokens that are reduced")
         if any(len(dim) > 1 and i not in (place, feature) for i, dim in enumerate(axes)):  # bmm: [B*H, N, D]
