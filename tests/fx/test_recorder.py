@@ -11,7 +11,7 @@ from tofu_fx.passes.lower_to_aten import _trace
 from torch import Tensor
 from torch.fx import Node
 
-from tests.test_fakes import form
+from tests.fx.test_fakes import form
 from tests.zoo import CATALOGUE
 from tofu_fx.fx.recorder import record
 from tofu_fx.testing import capture
