@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-OPS, MASKS = "tests/ops", "tests/test_masks.py"
+OPS, MASKS = "tests/ops", "tests/sites/test_masks.py"
 REFERENCE = "tests/properties/test_transformers.py -k every"
 SKIPS = "tests/properties/test_transformers.py -k long_skip"
 MATCHING, MERGING, RULES = f"{OPS}/test_matching.py", f"{OPS}/test_merging.py", "tests/axes/test_rules.py"
