@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import tofu_fx
-from tests.dense.test_branches import ViT, branch, images
+from tests.rewrite.test_branches import ViT, branch, images
 from tests.harness import EAGER, randomise
 from tofu_fx import Plan
 from tofu_fx.plan.counts import streams, walk

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import tofu_fx
-from tests.dense.test_branches import PATCHES, SIDE, Ready, ViT, branch, images
+from tests.rewrite.test_branches import PATCHES, SIDE, Ready, ViT, branch, images
 from tests.harness import EAGER, compiled, randomise
 from tests.zoo.handwritten import DIM, EinsumAttention, Plain
 from tofu_fx import OptionError, Plan, PlanError, TofuError, TofuWarning
