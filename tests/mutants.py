@@ -142,7 +142,7 @@ MUTANTS = (
     Mutant("sums are multiplied by no size", "tofu_fx/rewrite/rewriter.py",
         "if node in self.tracer.pools:", "if False:", ("mean",), REFERENCE),
     Mutant("changes in place are made functional for all to see", "passes/functionalize_inplace.py",
-        "return next(later, None) is None", "return True", ("views in place",), "tests/test_slice_writes.py"),
+        "return next(later, None) is None", "return True", ("views in place",), "tests/passes/test_slice_writes.py"),
     # ---- operators: Python, which float64 takes and every device but the CPU
     Mutant("sources are the least similar", "tofu_fx/ops/matching.py",
         "chosen = ranked[:, :r]", "chosen = ranked[:, -r:]", ("double",), MATCHING, unseen=_NO_CHOICE),
