@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.test_cli_inputs import Text, Vision, colours, read, red
+from tests.cli.test_cli_inputs import Text, Vision, colours, read, red
 from tofu_fx.cli import main
 from tofu_fx.cli.command import CommandError
 
