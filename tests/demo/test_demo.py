@@ -26,7 +26,7 @@ def test_what_the_package_carries_stays_small() -> None:
 def test_metadata_says_how_the_weights_were_made() -> None:
     facts = read_facts()
     assert facts["class"] == "timm.models.VisionTransformer"
-    assert (Path(__file__).parents[1] / facts["script"]).is_file()
+    assert (Path(__file__).parents[2] / facts["script"]).is_file()
     assert {"architecture", "data", "seed", "epochs", "torch", "test_accuracy"} <= facts.keys()
 
 
