@@ -21,7 +21,7 @@ from tofu_fx.testing import prove
 
 SIDE, DIM, HEADS, DEPTH = 6, 32, 2, 3
 PATCHES, BATCH, TEXT, R = SIDE * SIDE, 2, 5, 18
-# A gradient is a longer chain of the same sums than the output (as in tests/test_training.py).
+# A gradient is a longer chain of the same sums than the output (as in tests/front/test_training.py).
 GRADIENT_TOLERANCE = 4 * MEANING_TOLERANCE
 
 ops, aten = torch.ops.tofu, torch.ops.aten
