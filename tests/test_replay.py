@@ -32,7 +32,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_stored_graphs_are_those_of_the_catalogue_and_small() -> None:
     versions, models = replay.stored()
     if not replay.STORE.is_file():
-        pytest.fail(f"no graphs are stored: run pytest tests/test_catalogue.py, then {replay.ACCEPT}")
+        pytest.fail(f"no graphs are stored: run pytest tests/models/test_catalogue.py, then {replay.ACCEPT}")
     assert list(models) == list(CATALOGUE)
     assert replay.STORE.stat().st_size < 1_000_000
     assert set(versions) == set(replay.installed())
