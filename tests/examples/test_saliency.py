@@ -16,7 +16,7 @@ import tofu_fx
 from tests.harness import compiled, relative_error, same_bits, study
 from tests.reference import reference_fuse, reference_restore
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 R, LAYERS, TOKENS = 12, 12, 257
 BOUNDS = {"prune": 0.023, "mean": 0.020, "mlerp": 0.019}
 # Spread over the whole tar.
