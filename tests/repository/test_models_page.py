@@ -11,7 +11,7 @@ import pytest
 
 from tests.zoo import CATALOGUE
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path.append(str(ROOT / "benchmarks"))
 models: Any = __import__("models")

@@ -11,7 +11,7 @@ import pytest
 
 from tofu_fx.cli import COMMANDS, build_parser
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCED = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
 PYTHON = [code for language, code in FENCED if language == "python"]
