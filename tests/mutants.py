@@ -99,7 +99,8 @@ MUTANTS = (
         "lead, tail = max(0, tokens.lead), max(0, tokens.tail)", "lead, tail = 0, max(0, tokens.tail)",
         ("mean", "registers"), REFERENCE, unseen="a class token that is merged is a loss, not a wrong merge"),
     # ---- what a token weighs
-    Mutant("log2 for log", "tofu_fx/rewrite/versions.py", "aten.log.default", "aten.log2.default", ("mean",), REFERENCE),
+    Mutant("log2 for log", "tofu_fx/rewrite/versions.py",
+        "aten.log.default", "aten.log2.default", ("mean",), REFERENCE),
     Mutant("no log(size) behind the first reduction", "tofu_fx/rewrite/weights.py",
         "if stream is None or version == 0:", "if stream is None or version <= 1:", ("mean",), REFERENCE),
     Mutant("no log(size) beside an additive mask", "tofu_fx/rewrite/weights.py",

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import tofu_fx
-from tests.rewrite.test_branches import ViT, branch, images
 from tests.harness import EAGER, randomise
+from tests.rewrite.test_branches import ViT, branch, images
 from tofu_fx import Plan
 from tofu_fx.plan.counts import streams, walk
 from tofu_fx.plan.plan import PlanRow

@@ -1,4 +1,4 @@
-"""Options become what the design says; wrong ones are in test_bad_input.py."""
+"""Options become what the design says; wrong ones are in tests/front/test_bad_input.py."""
 
 from __future__ import annotations
 

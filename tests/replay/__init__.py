@@ -1,7 +1,8 @@
 """The rewritten graphs of the catalogue as text: stored, compared with what the compiler makes now, and accepted.
 
-tests/models/test_catalogue.py compares each model's with the stored one, from the compilations that its proofs made. Where
-they differ it fails with the difference, and leaves the new text in tests/replay/new. Who wants the change accepts it:
+tests/models/test_catalogue.py compares each model's with the stored one, from the compilations that its proofs made.
+Where they differ it fails with the difference, and leaves the new text in tests/replay/new. Who wants the change
+accepts it:
 
     python -m tests.replay            which models have changed, and how the first of them did
     python -m tests.replay --accept   store what the last test run made

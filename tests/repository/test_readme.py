@@ -52,7 +52,7 @@ def test_snippet_of_the_page_on_diffusion_is_one_of_these() -> None:
 
 @pytest.mark.parametrize("command", [line for line in SHELL if line.startswith("tofu-fx")])
 def test_command_lines_are_understood(command: str) -> None:
-    # What the commands do is tested in test_cli*.py, with models that need no download.
+    # What the commands do is tested in tests/cli, with models that need no download.
     args = build_parser(COMMANDS).parse_args(command.split()[1:])
     assert args.command == command.split()[1]
     assert callable(args.run)
