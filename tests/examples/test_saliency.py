@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import tofu_fx
 from tests.harness import compiled, relative_error, same_bits, study
-from tests.reference import reference_fuse, reference_restore
+from tests.oracle.operators import reference_fuse, reference_restore
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 R, LAYERS, TOKENS = 12, 12, 257
@@ -176,7 +176,7 @@ def _row(name: str) -> dict[str, Any]:
 
 
 def reduced_by_hand(model: Any, images: Tensor, r: int, strategy: str) -> Tensor:
-    """The saliency model with the reductions written into its blocks, from the formulas of `tests.reference`."""
+    """The saliency model with the reductions written into its blocks, from the formulas of `tests.oracle.operators`."""
     backbone, steps = model.backbone, []
     x = backbone._pos_embed(backbone.patch_embed(images))
     size = torch.ones(x.shape[:2])

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.eager_reference import Reducer, reference_vit
 from tests.harness import MEANING_TOLERANCE, compiled, relative_error, same_bits
+from tests.oracle.stream import Reducer, reference_vit
 from tests.zoo import ZOO
 
 # inductor fuses and vectorises: other orders of additions, an approximated exp and erf. Ten times the eager bound.

@@ -9,8 +9,8 @@ import torch
 import transformers
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from tests.eager_reference import Reducer, reference_vit
 from tests.harness import EAGER, MEANING_TOLERANCE, plan_rows, randomise, relative_error
+from tests.oracle.stream import Reducer, reference_vit
 from tests.zoo import ZOO
 from tofu_fx.backend import rewrite, tofu
 from tofu_fx.pipeline import run_pipeline

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.eager_reference import Reducer, reference_vit
 from tests.harness import MEANING_TOLERANCE, compiled, relative_error, same_bits
+from tests.oracle.stream import Reducer, reference_vit
 from tests.zoo import ZOO
 
 # A gradient is a longer chain of the same sums than the output (backward through every layer): four times its bound.
@@ -29,7 +29,7 @@ def gradients(call: Any, model: nn.Module, x: torch.Tensor) -> dict[str, torch.T
 def differentiable_merge(
     members: torch.Tensor, weights: torch.Tensor, strategy: str, unit: float = 0.0
 ) -> torch.Tensor:
-    """The formulas of `tests.reference.reference_merge` for autograd, which takes its norms as numbers.
+    """The formulas of `tests.oracle.operators.reference_merge` for autograd, which takes its norms as numbers.
 
     No group cancels here, so that `unit`, by which that is told, is not needed.
     """
@@ -43,7 +43,7 @@ def differentiable_merge(
 def test_gradients_equal_autograd_through_the_eager_reference(
     name: str, strategy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tests.reference.reference_merge", differentiable_merge)
+    monkeypatch.setattr("tests.oracle.operators.reference_merge", differentiable_merge)
     entry = ZOO[name]
     model, x = entry.model().train(), entry.inputs()
     found = gradients(compiled(model, r=4, strategy=strategy, inner_backend="aot_eager"), model, x)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tofu_fx
-from tests.eager_reference import Reducer, attention, reference_vit
 from tests.harness import MEANING_TOLERANCE, compiled, randomise, relative_error, study
+from tests.oracle.stream import Reducer, attention, reference_vit
 from tests.zoo.odd import JoinedLate
 
 GRID, DIM = 6, 32

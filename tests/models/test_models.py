@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import tofu_fx  # noqa: F401 - registers torch.ops.tofu
-from tests.eager_reference import Reducer, reference_vit
 from tests.harness import (
     MEANING_TOLERANCE,
     PERMUTATION_TOLERANCE,
@@ -20,6 +19,7 @@ from tests.harness import (
     study,
     tensors,
 )
+from tests.oracle.stream import Reducer, reference_vit
 from tests.zoo import ZOO
 
 R = 4

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import tofu_fx
-from tests.dense.reference import cells_of
 from tests.harness import EAGER, compiled, randomise, same_bits, study
+from tests.oracle.branches import cells_of
 from tests.rewrite.test_branches import DEPTH, PATCHES, SIDE, Ready, ViT, branch, images
 from tests.zoo.diffusion_catalogue import DIFFUSION_CASES
 from tofu_fx import OptionError, Options, PlanError, TofuWarning

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import tofu_fx
-from tests.eager_reference import Reducer, reference_vit
 from tests.harness import MEANING_TOLERANCE, compiled, relative_error, same_bits
+from tests.oracle.stream import Reducer, reference_vit
 from tests.zoo import ZOO
 from tofu_fx import Plan, PlanError
 

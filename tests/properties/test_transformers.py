@@ -7,8 +7,8 @@ import torch
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from tests.eager_reference import Reducer, Undecided
 from tests.harness import MEANING_TOLERANCE, PERMUTATION_TOLERANCE, randomise, relative_error, same_bits, study, tensors
+from tests.oracle.stream import Reducer, Undecided
 from tofu_fx.testing import Spec, Transformer
 
 flags = st.booleans()

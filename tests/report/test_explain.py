@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import tofu_fx
-from tests.eager_reference import Reducer, reference_vit
+from tests.oracle.stream import Reducer, reference_vit
 from tests.zoo import ZOO
 
 ENTRY = ZOO["siglip"]

@@ -13,8 +13,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 import tofu_fx
-from tests.dense.reference import Step
 from tests.harness import EAGER, MEANING_TOLERANCE, Study, compiled, randomise, relative_error, same_bits, study
+from tests.oracle.branches import Step
 from tests.zoo import CATALOGUE
 from tofu_fx.backend import tofu
 from tofu_fx.testing import prove

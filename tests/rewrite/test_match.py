@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import tofu_fx
-from tests.eager_reference import Reducer, reference_vit
 from tests.harness import MEANING_TOLERANCE, compiled, relative_error, same_bits, tensors
+from tests.oracle.stream import Reducer, reference_vit
 from tests.zoo import ZOO
 from tofu_fx.calibration.batches import Batch
 from tofu_fx.calibration.trial import Trial

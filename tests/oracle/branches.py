@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tests.eager_reference import CLEAR_MARGIN, Undecided
-from tests.reference import SCORE_DECIMALS, reference_apply, reference_rebase, reference_restore
+from tests.oracle.operators import SCORE_DECIMALS, reference_apply, reference_rebase, reference_restore
+from tests.oracle.stream import CLEAR_MARGIN, Undecided
 
 #: source -> destination, places in the sequence
 Merges = dict[int, int]

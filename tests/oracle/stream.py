@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.reference import (
+from tests.oracle.operators import (
     decision_margin,
     reference_fuse,
     reference_rebase,
