@@ -52,7 +52,7 @@ class Model(nn.Module):
 
     def read(self, x: Tensor, context: Tensor) -> Tensor:
         """Attention from x to a text."""
-        (q,) = self.heads(x, 1)
+        (q,) = self.heads(self.proj(x), 1)
         return self.joined(F.scaled_dot_product_attention(q, *self.heads(self.context(context), 2)))
 
     def mlp(self, x: Tensor) -> Tensor:
