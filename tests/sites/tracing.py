@@ -35,6 +35,7 @@ class Model(nn.Module):
         self.token = nn.Parameter(torch.randn(1, 1, WIDTH))
         self.gamma = nn.Parameter(torch.randn(WIDTH))
         self.patches = nn.Conv2d(3, WIDTH, 2, 2)
+        self.register_buffer("mask", torch.zeros(N, N))
 
     def forward(self, *inputs: Tensor) -> Any:
         return self.how(self, *inputs)
@@ -98,10 +99,15 @@ class Traced:
         return Site("here", "", attention, int(sizes[attention.query_tokens]), HEADS, WIDTH)
 
 
-def traced(how: Callable[..., Any], *inputs: Tensor) -> Traced:
-    """The graph of a model that does ``how(model, *inputs)``; with the same weights on every call."""
+def traced(how: Callable[..., Any], *inputs: Tensor, mask: Tensor | None = None) -> Traced:
+    """The graph of a model that does ``how(model, *inputs)``; with the same weights on every call.
+
+    ``mask`` is what the model holds in its buffer of that name.
+    """
     torch.manual_seed(0)
     model = Model(how).eval()
+    if mask is not None:
+        model.mask = mask
     gm, given = capture_aten(model, *inputs)
     held = {id(value) for value in (*model.parameters(), *model.buffers())}
     sources = zip(gm.graph.find_nodes(op="placeholder"), given, strict=True)
