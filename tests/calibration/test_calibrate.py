@@ -24,7 +24,7 @@ QUICK: dict[str, Any] = {"inner_backend": "eager", "progress": False}
 
 
 def images(samples: int = 6) -> Tensor:
-    shape = ENTRY.inputs().shape[1:]
+    shape = ENTRY.batch().shape[1:]
     return torch.randn(samples, *shape, generator=torch.Generator().manual_seed(1))
 
 
@@ -236,7 +236,7 @@ def test_more_batch_sizes_than_dynamo_would_compile_are_all_measured(model: nn.M
 @pytest.mark.parametrize("name", ["hf_beit", "hf_clip"])
 def test_model_that_fills_tensors_in_place_is_measured_as_compiled(name: str) -> None:
     entry = ZOO[name]
-    model, x = entry.model(), entry.inputs(4)
+    model, x = entry.model(), entry.batch(4)
     found = tofu_fx.calibrate(model, x, flops=0.85, metric=_first_tensor, **QUICK)
     with torch.no_grad():
         expected = _first_tensor(compiled(model, plan=found)(x), model(x))
@@ -334,7 +334,7 @@ def test_site_ids_survive_a_new_process(plan: Plan, tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.json")
     code = (
         "import torch, tofu_fx\nfrom tests.zoo import ZOO\nentry = ZOO['vit_avg_of_patches']\n"
-        f"found = tofu_fx.explain(entry.model(), entry.inputs(), options={{'plan': {str(tmp_path / 'plan.json')!r}}})\n"
+        f"found = tofu_fx.explain(entry.model(), entry.batch(), options={{'plan': {str(tmp_path / 'plan.json')!r}}})\n"
         "print([(row.id, row.r) for row in found.plan.sites])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

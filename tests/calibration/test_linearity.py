@@ -118,6 +118,6 @@ def test_score_is_that_of_the_model_computed_by_hand() -> None:
 @pytest.mark.parametrize("name", ["vit_avg_of_patches", "deit_distilled"])
 def test_every_block_of_a_real_model_has_a_score(name: str) -> None:
     entry = ZOO[name]
-    scores = _scores(entry.model(), entry.inputs())
+    scores = _scores(entry.model(), entry.batch())
     assert len(scores) == 3
     assert all(score is not None and 0 < score[0].nanmean() <= 1 for score in scores)

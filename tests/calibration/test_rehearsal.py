@@ -37,7 +37,7 @@ NAMES = ("vit_avg_of_patches", "dinov2_registers", "siglip", "beit", "eva02", "h
 )
 def test_rehearsed_plan_has_the_bits_of_the_compiled_one(name: str, match: str) -> None:
     entry = ZOO[name]
-    model, x = entry.model(), entry.inputs()
+    model, x = entry.model(), entry.batch()
     with Trial(model, Options()) as trial:
         batch = Batch((x,))
         plain = trial.plain(batch)
@@ -77,7 +77,7 @@ _KEPT: dict[str, Any] = {}
 def _prepared() -> tuple[nn.Module, Batch, Trial]:
     if not _KEPT:
         model = randomise(ZOO["vit_avg_of_patches"].model())
-        batch = Batch((ZOO["vit_avg_of_patches"].inputs(),))
+        batch = Batch((ZOO["vit_avg_of_patches"].batch(),))
         trial = Trial(model, Options())
         with trial:
             trial.plain(batch)
@@ -88,7 +88,7 @@ def _prepared() -> tuple[nn.Module, Batch, Trial]:
 @pytest.mark.parametrize("name", NAMES)
 def test_cost_of_any_counts_is_that_of_the_graph(name: str) -> None:
     entry = ZOO[name]
-    model, x = entry.model(), entry.inputs()
+    model, x = entry.model(), entry.batch()
     with Trial(model, Options()) as trial:
         trial.plain(Batch((x,)))
         (rehearsal,) = trial.rehearsals
@@ -122,7 +122,7 @@ def test_weights_are_never_negative() -> None:
 
 
 def test_uniform_plans_use_what_they_may_and_no_more() -> None:
-    model, x = ZOO["vit_avg_of_patches"].model(), ZOO["vit_avg_of_patches"].inputs()
+    model, x = ZOO["vit_avg_of_patches"].model(), ZOO["vit_avg_of_patches"].batch()
     plans = uniform_plans(model, x, [0.8, 0.01])
     assert set(plans) == {(name, 0.8) for name in UNIFORM}  # nothing reaches one hundredth
     for (name, _), plan in plans.items():
@@ -165,7 +165,7 @@ def test_large_batches_are_split_along_their_samples() -> None:
 
 def test_model_with_keyword_arguments_and_padding_is_rehearsed() -> None:
     entry = ZOO["hf_vit"]
-    model, x = entry.model(), entry.inputs()
+    model, x = entry.model(), entry.batch()
 
     def call(pixel_values: Tensor) -> Any:
         return model(pixel_values=pixel_values)

@@ -20,7 +20,7 @@ INDUCTOR_TOLERANCE = 10 * MEANING_TOLERANCE
 @pytest.mark.parametrize("options", [{"ratio": 0.0}, {"r": 0}])
 def test_no_reduction_gives_the_bits_of_the_inner_backend(inner: str, options: dict[str, Any]) -> None:
     entry = ZOO["dinov2_registers"]
-    model, x = entry.model(), entry.inputs()
+    model, x = entry.model(), entry.batch()
     with torch.no_grad():
         outputs = compiled(model, inner_backend=inner, **options)(x)
         torch._dynamo.reset()
@@ -29,7 +29,7 @@ def test_no_reduction_gives_the_bits_of_the_inner_backend(inner: str, options: d
 
 def test_inductor_runs_a_reduced_vit() -> None:
     entry = ZOO["vit"]
-    model, x = entry.model(), entry.inputs()
+    model, x = entry.model(), entry.batch()
     with torch.no_grad():
         outputs = compiled(model, inner_backend="inductor", r=4, strategy="mlerp")(x)
         expected = reference_vit(model, x, Reducer([("mlerp", 4)] * 3, 1))
@@ -38,7 +38,7 @@ def test_inductor_runs_a_reduced_vit() -> None:
 
 def test_inductor_restores_the_tokens_that_are_returned() -> None:
     entry = ZOO["deit_distilled"]
-    model, x = entry.model(), entry.inputs()
+    model, x = entry.model(), entry.batch()
     with torch.no_grad():
         outputs = compiled(model.forward_features, inner_backend="inductor", r=4, strategy="mean")(x)
         expected = reference_vit(model, x, Reducer([("mean", 4)] * 3, 2), features=True)
@@ -47,7 +47,7 @@ def test_inductor_restores_the_tokens_that_are_returned() -> None:
 
 def test_inductor_trains() -> None:
     entry = ZOO["vit_gap"]
-    model, x = entry.model().train(), entry.inputs()
+    model, x = entry.model().train(), entry.batch()
 
     def step(call: Any) -> dict[str, torch.Tensor]:
         model.zero_grad()
@@ -67,14 +67,14 @@ def test_options_for_inductor_reach_it_and_unknown_ones_are_refused() -> None:
     with pytest.raises(
         torch._dynamo.exc.BackendCompilerFailed, match="'fastest_of_all' is not one of inductor's options"
     ):
-        compiled(entry.model(), inner_backend="inductor", r=4, inductor={"fastest_of_all": True})(entry.inputs())
+        compiled(entry.model(), inner_backend="inductor", r=4, inductor={"fastest_of_all": True})(entry.batch())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("strategy", ["prune", "mean", "mlerp"])
 def test_half_precision_stays_near_float32_where_both_match_the_same_tokens(dtype: torch.dtype, strategy: str) -> None:
     entry = ZOO["vit_gap"]
-    model, x = entry.model().to(dtype), entry.inputs().to(dtype)
+    model, x = entry.model().to(dtype), entry.batch().to(dtype)
     # The same rounded weights in float32, so that only the arithmetic differs. One reduction, from which each sample's
     # keys tell which tokens went: in half precision near ties fall the other way, and such samples are not compared.
     import tofu_fx
@@ -99,7 +99,7 @@ def test_half_precision_stays_near_float32_where_both_match_the_same_tokens(dtyp
 
 def test_same_inputs_give_the_same_bits_twice() -> None:
     entry = ZOO["hf_vit"]
-    model, x = entry.model(), entry.inputs()
+    model, x = entry.model(), entry.batch()
     call = compiled(model, ratio=0.5)
     with torch.no_grad():
         assert same_bits(call(x), call(x))
@@ -107,7 +107,7 @@ def test_same_inputs_give_the_same_bits_twice() -> None:
 
 def test_outputs_keep_the_type_that_the_model_returns() -> None:
     entry = ZOO["hf_clip"]
-    model, x = entry.model(), entry.inputs()
+    model, x = entry.model(), entry.batch()
     with torch.no_grad():
         outputs, plain = compiled(model, r=4)(x, output_hidden_states=True), model(x, output_hidden_states=True)
     assert type(outputs) is type(plain)

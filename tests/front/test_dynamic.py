@@ -48,9 +48,9 @@ def test_batch_marked_dynamic_compiles_once_and_is_right_at_every_size(name: str
     model = entry.model()
     call, counter = counted(model, r=4, strategy=strategy)
     for batch in (3, 2, 5, 4):
-        x = entry.inputs(batch)
+        x = entry.batch(batch)
         torch._dynamo.mark_dynamic(x, 0)
-        expected = reference(model, entry.inputs(batch), [(strategy, 4)] * 3)
+        expected = reference(model, entry.batch(batch), [(strategy, 4)] * 3)
         assert relative_error(call(x), expected) < MEANING_TOLERANCE
     assert counter.frame_count == 1
 
@@ -63,9 +63,9 @@ def test_batch_merged_with_tokens_in_a_view_that_infers_the_features() -> None:
     mlp.register_forward_hook(lambda _, x, out: out.view(*x[0].shape[:2], -1))
     call, counter = counted(model, r=4, strategy="mlerp")
     for batch in (3, 2):
-        x = ZOO["vit"].inputs(batch)
+        x = ZOO["vit"].batch(batch)
         torch._dynamo.mark_dynamic(x, 0)
-        expected = reference(ZOO["vit"].model(), ZOO["vit"].inputs(batch), [("mlerp", 4)] * 3)
+        expected = reference(ZOO["vit"].model(), ZOO["vit"].batch(batch), [("mlerp", 4)] * 3)
         assert relative_error(call(x), expected) < MEANING_TOLERANCE
     assert counter.frame_count == 1
 
@@ -88,9 +88,9 @@ def test_permutation_holds_in_a_graph_with_a_symbolic_batch(name: str) -> None:
     torch._dynamo.reset()
     call = torch.compile(model, backend=backend, dynamic=None)
     for batch in (3, 2):
-        x = entry.inputs(batch)
+        x = entry.batch(batch)
         torch._dynamo.mark_dynamic(x, 0)
-        assert relative_error(call(x), model(entry.inputs(batch))) < 1e-5
+        assert relative_error(call(x), model(entry.batch(batch))) < 1e-5
 
 
 def test_dynamic_true_gives_right_results_at_every_batch() -> None:
@@ -98,8 +98,8 @@ def test_dynamic_true_gives_right_results_at_every_batch() -> None:
     model = entry.model()
     call, counter = counted(model, dynamic=True, r=4, strategy="mlerp")
     for batch in (2, 4, 3):
-        expected = reference(model, entry.inputs(batch), [("mlerp", 4)] * 3)
-        assert relative_error(call(entry.inputs(batch)), expected) < MEANING_TOLERANCE
+        expected = reference(model, entry.batch(batch), [("mlerp", 4)] * 3)
+        assert relative_error(call(entry.batch(batch)), expected) < MEANING_TOLERANCE
     assert counter.frame_count == 1
 
 
@@ -107,7 +107,7 @@ def test_batch_of_one_is_right_and_a_sample_does_not_depend_on_its_batch() -> No
     entry = ZOO["deit_distilled"]
     model = entry.model()
     call, _ = counted(model, r=4, strategy="mlerp")
-    x = entry.inputs(3)
+    x = entry.batch(3)
     alone = call(x[:1])
     expected = reference(model, x[:1], [("mlerp", 4)] * 3, lead=2)
     assert relative_error(alone, expected) < MEANING_TOLERANCE

@@ -47,7 +47,7 @@ TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("on_error", ["fallback", "raise"])
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transforms_of_torch_func_are_declined_by_name(name: str, on_error: str) -> None:
-    model, x = With(TRANSFORMS[name]), ZOO["vit"].inputs()
+    model, x = With(TRANSFORMS[name]), ZOO["vit"].batch()
     outputs, (message,) = run(model, x, on_error)
     assert f"the graph holds torch.func's {name}" in message
     assert f"_{name}_increment_nesting" in message
@@ -72,7 +72,7 @@ def test_inner_backend_that_fails_on_the_rewritten_graph_gets_the_untouched_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fail_on_rewritten(monkeypatch)
-    model, x = ZOO["vit"].model(), ZOO["vit"].inputs()
+    model, x = ZOO["vit"].model(), ZOO["vit"].batch()
     outputs, (message,) = run(model, x)
     assert "compiled untouched, because eager failed on the rewritten graph: RuntimeError: no such kernel" in message
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_inner_backend_that_fails_on_the_rewritten_graph_gets_the_untouched_one(
 def test_inner_backend_that_fails_on_the_rewritten_graph_raises_if_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
     fail_on_rewritten(monkeypatch)
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="failed on the rewritten graph"):
-        run(ZOO["vit"].model(), ZOO["vit"].inputs(), "raise")
+        run(ZOO["vit"].model(), ZOO["vit"].batch(), "raise")
 
 
 def test_failure_behind_the_passes_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +90,7 @@ def test_failure_behind_the_passes_falls_back(monkeypatch: pytest.MonkeyPatch) -
         raise KeyError("on purpose")
 
     monkeypatch.setattr(backend, "carry_over", fail)
-    model, x = ZOO["vit"].model(), ZOO["vit"].inputs()
+    model, x = ZOO["vit"].model(), ZOO["vit"].batch()
     outputs, (message,) = run(model, x)
     assert "on purpose" in message
     with torch.no_grad():
@@ -103,13 +103,13 @@ def test_failure_of_the_untouched_graph_is_the_inner_backends_own(monkeypatch: p
 
     monkeypatch.setattr(backend, "_inner", fail)
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="no graph at all") as caught:
-        run(ZOO["vit"].model(), ZOO["vit"].inputs())
+        run(ZOO["vit"].model(), ZOO["vit"].batch())
     assert isinstance(caught.value.inner_exception, RuntimeError)
 
 
 def test_value_that_recording_loses_is_a_failed_pass_and_no_constant(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tofu_fx.passes.lower_to_aten._refuse_what_cannot_be_inlined", lambda traced: None)
-    model, x = With(TRANSFORMS["vmap"]), ZOO["vit"].inputs()
+    model, x = With(TRANSFORMS["vmap"]), ZOO["vit"].batch()
     outputs, (message,) = run(model, x)
     assert "could not be recorded as ATen calls" in message
     with torch.no_grad():
@@ -126,7 +126,7 @@ if hasattr(torch.optim, "Muon"):  # its graph holds its parameters, and multipli
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_whole_training_step_is_compiled_without_a_word(name: str) -> None:
-    x, losses = ZOO["vit"].inputs(), {}
+    x, losses = ZOO["vit"].batch(), {}
     for whole in (True, False):
         model = ZOO["vit"].model().train()
         optimizer = OPTIMIZERS[name](model.parameters())

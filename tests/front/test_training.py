@@ -45,7 +45,7 @@ def test_gradients_equal_autograd_through_the_eager_reference(
 ) -> None:
     monkeypatch.setattr("tests.oracle.operators.reference_merge", differentiable_merge)
     entry = ZOO[name]
-    model, x = entry.model().train(), entry.inputs()
+    model, x = entry.model().train(), entry.batch()
     found = gradients(compiled(model, r=4, strategy=strategy, inner_backend="aot_eager"), model, x)
     rows = [(strategy, 4)] * 3
     expected = gradients(lambda x: reference_vit(model, x, Reducer(rows, *entry.protected)), model, x)
@@ -60,7 +60,7 @@ def test_gradients_equal_autograd_through_the_eager_reference(
 
 def test_no_reduction_gives_the_gradients_of_the_plain_model_bit_for_bit() -> None:
     entry = ZOO["deit"]
-    model, x = entry.model().train(), entry.inputs()
+    model, x = entry.model().train(), entry.batch()
     found = gradients(compiled(model, ratio=0.0, inner_backend="aot_eager"), model, x)
     torch._dynamo.reset()
     plain = gradients(torch.compile(model, backend="aot_eager"), model, x)
@@ -70,7 +70,7 @@ def test_no_reduction_gives_the_gradients_of_the_plain_model_bit_for_bit() -> No
 
 def test_a_training_step_lowers_the_loss() -> None:
     entry = ZOO["vit_gap"]
-    model, x = entry.model().train(), entry.inputs(4)
+    model, x = entry.model().train(), entry.batch(4)
     call = compiled(model, ratio=0.4, inner_backend="aot_eager")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     losses = []
@@ -85,7 +85,7 @@ def test_a_training_step_lowers_the_loss() -> None:
 
 def test_autocast_forward_reduces_and_stays_near_float32() -> None:
     entry = ZOO["deit"]
-    model, x = entry.model(), entry.inputs()
+    model, x = entry.model(), entry.batch()
     call = compiled(model, r=1, strategy="mean")
     with torch.no_grad():
         exact = compiled(model, r=1, strategy="mean")(x)
@@ -101,7 +101,7 @@ def test_autocast_forward_reduces_and_stays_near_float32() -> None:
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_every_grad_mode_gives_the_same_values(mode: Any) -> None:
     entry = ZOO["deit"]
-    model, x = entry.model(), entry.inputs()
+    model, x = entry.model(), entry.batch()
     with mode():
         outputs = compiled(model, r=4, strategy="mlerp")(x)
     with torch.no_grad():

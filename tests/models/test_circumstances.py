@@ -28,7 +28,7 @@ def vit() -> Any:
 
 
 def images(batch: int = 2) -> Tensor:
-    return ZOO["vit"].inputs(batch)
+    return ZOO["vit"].batch(batch)
 
 
 def reduced(model: Any, backend: str = "eager", **kwargs: Any) -> Any:

@@ -39,7 +39,7 @@ def studied(name: str) -> Study:
     entry = ZOO[name]
     with torch.no_grad():
         variants = {strategy: {"r": R, "strategy": strategy} for strategy in STRATEGIES}
-        return study(entry.model(), entry.inputs(), variants=variants, interpret=STRATEGIES)
+        return study(entry.model(), entry.batch(), variants=variants, interpret=STRATEGIES)
 
 
 @functools.cache
@@ -48,7 +48,7 @@ def features_studied(name: str) -> Study:
     entry = ZOO[name]
     with torch.no_grad():
         variants = {strategy: {"r": R, "strategy": strategy} for strategy in STRATEGIES}
-        return study(entry.model().forward_features, entry.inputs(), variants=variants)
+        return study(entry.model().forward_features, entry.batch(), variants=variants)
 
 
 def rows(sites: list[Any]) -> list[tuple[str, int]]:
@@ -126,7 +126,7 @@ def test_reduced_vit_equals_the_eager_reference(name: str, strategy: str) -> Non
     entry, found = ZOO[name], studied(name)
     with torch.no_grad():
         reducer = Reducer(rows(found.reducing(strategy)), *entry.protected)
-        expected = reference_vit(entry.model(), entry.inputs(), reducer)
+        expected = reference_vit(entry.model(), entry.batch(), reducer)
     assert relative_error(found.outputs[strategy], expected) < MEANING_TOLERANCE
 
 
@@ -136,5 +136,5 @@ def test_returned_tokens_equal_the_reference_restored_ahead_of_the_final_norm(na
     entry, found = ZOO[name], features_studied(name)
     with torch.no_grad():
         reducer = Reducer(rows(found.reducing(strategy)), *entry.protected)
-        expected = reference_vit(entry.model(), entry.inputs(), reducer, features=True)
+        expected = reference_vit(entry.model(), entry.batch(), reducer, features=True)
     assert relative_error(found.outputs[strategy], expected) < MEANING_TOLERANCE

@@ -44,7 +44,7 @@ def run(model: Any, *inputs: Any, skip: tuple[str, ...] = (), **options: Any) ->
 
 def test_runner_times_every_pass_in_its_order_and_leaves_the_traced_graph_alone() -> None:
     entry = ZOO["vit"]
-    compilation, _, _ = run(entry.model(), entry.inputs(), r=4)
+    compilation, _, _ = run(entry.model(), entry.batch(), r=4)
     assert list(compilation.seconds) == NAMES
     assert all(seconds >= 0 for seconds in compilation.seconds.values())
 
@@ -63,7 +63,7 @@ def test_shared_kernels_have_one_fake_mode(name: str) -> None:
 
     torch._dynamo.reset()
     with torch.no_grad():
-        torch.compile(entry.model(), backend=backend)(entry.inputs())
+        torch.compile(entry.model(), backend=backend)(entry.batch())
     assert len(modes) == 1
 
 
@@ -75,7 +75,7 @@ def test_unknown_pass_cannot_be_skipped() -> None:
 def test_lowering_gives_aten_ops_with_values_paths_and_lines() -> None:
     entry = ZOO["torchvision_vit"]
     later = tuple(NAMES[1:])
-    compilation, outputs, plain = run(entry.model(), entry.inputs(), skip=later)
+    compilation, outputs, plain = run(entry.model(), entry.batch(), skip=later)
     calls = [node for node in compilation.gm.graph.nodes if node.op == "call_function"]
     assert all(isinstance(node.target, torch._ops.OpOverload) or "getitem" in str(node.target) for node in calls)
     assert all("val" in node.meta for node in calls)
@@ -137,7 +137,7 @@ def test_functionalising_keeps_the_values_and_only_touches_what_nobody_else_sees
 @pytest.mark.parametrize("name", ["vit", "eva02", "torchvision_vit", "hf_vit_eager"])
 def test_polymorphic_graph_has_no_token_count_left_as_a_number(name: str) -> None:
     entry = ZOO[name]
-    compilation, _, _ = run(entry.model(), entry.inputs(), skip=("insert_reductions",), r=1)
+    compilation, _, _ = run(entry.model(), entry.batch(), skip=("insert_reductions",), r=1)
     tracer = compilation.traced
     barriers = {barrier.node for barrier in compilation.barriers}
     for node in compilation.gm.graph.nodes:
@@ -165,7 +165,7 @@ def test_verification_refuses_an_output_of_another_shape(monkeypatch: pytest.Mon
     entry = ZOO["vit"]
     failed = torch._dynamo.exc.BackendCompilerFailed
     with pytest.raises(failed, match=r"output 0 is .*\(2, 3\).*traced as .*\(2, 10\)") as error:
-        run(entry.model(), entry.inputs(), r=4)
+        run(entry.model(), entry.batch(), r=4)
     assert isinstance(error.value.inner_exception, PassError)
 
 
@@ -187,7 +187,7 @@ def test_runner_refuses_a_graph_that_breaks_an_invariant(fault: str, monkeypatch
     words = {"call_method": "is a call_method", "no value": "no fake value", "placeholder": "placeholders"}[fault]
     entry = ZOO["vit"]
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=f"pass find_attention failed.*{words}"):
-        run(entry.model(), entry.inputs())
+        run(entry.model(), entry.batch())
 
 
 def test_proportional_attention_can_be_switched_off() -> None:
@@ -197,7 +197,7 @@ def test_proportional_attention_can_be_switched_off() -> None:
             "on": {"r": 4, "strategy": "mean"},
             "off": {"r": 4, "strategy": "mean", "proportional_attention": False},
         }
-        found = study(entry.model(), entry.inputs(), variants=variants, proofs=False)
+        found = study(entry.model(), entry.batch(), variants=variants, proofs=False)
     assert len(found.nodes("on", torch.ops.aten.log.default)) == 2
     assert not found.nodes("off", torch.ops.aten.log.default)
     assert not same_bits(found.outputs["on"], found.outputs["off"])

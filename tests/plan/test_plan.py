@@ -19,7 +19,7 @@ ENTRY = ZOO["vit_avg_of_patches"]
 @pytest.fixture(scope="module")
 def plan() -> Plan:
     with torch.no_grad():
-        return tofu_fx.explain(ENTRY.model(), ENTRY.inputs(), options={"r": 4}).plan
+        return tofu_fx.explain(ENTRY.model(), ENTRY.batch(), options={"r": 4}).plan
 
 
 @pytest.mark.parametrize("strategy", ["permute", "duplicate", "shuffle"])
@@ -39,7 +39,7 @@ def test_saved_plan_reads_back_equal(plan: Plan, tmp_path: Path) -> None:
 
 def test_plan_gives_the_bits_of_the_options_it_was_made_from(plan: Plan, tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.json")
-    model, x = ENTRY.model(), ENTRY.inputs()
+    model, x = ENTRY.model(), ENTRY.batch()
     with torch.no_grad():
         from_options = compiled(model, r=4)(x)
         assert same_bits(compiled(model, plan=str(tmp_path / "plan.json"))(x), from_options)
@@ -51,7 +51,7 @@ def test_edited_plan_is_carried_out_row_by_row(plan: Plan) -> None:
         row.model_copy(update={"strategy": strategy, "r": r})
         for row, (strategy, r) in zip(plan.sites, wanted, strict=True)
     ]
-    model, x = ENTRY.model(), ENTRY.inputs()
+    model, x = ENTRY.model(), ENTRY.batch()
     with torch.no_grad():
         expected = reference_vit(model, x, Reducer(wanted, 1))
         assert relative_error(compiled(model, plan=Plan(sites=rows))(x), expected) < MEANING_TOLERANCE
@@ -59,7 +59,7 @@ def test_edited_plan_is_carried_out_row_by_row(plan: Plan) -> None:
 
 def test_plan_that_takes_nothing_gives_the_plain_bits_and_says_so(plan: Plan) -> None:
     rows = [row.model_copy(update={"r": 0}) for row in plan.sites]
-    model, x = ENTRY.model(), ENTRY.inputs()
+    model, x = ENTRY.model(), ENTRY.batch()
     with torch.no_grad(), pytest.warns(tofu_fx.TofuWarning, match="take no token"):
         assert same_bits(compiled(model, plan=Plan(sites=rows))(x), model(x))
 

@@ -19,13 +19,13 @@ WORDS = "would cost more time than it saves"
 
 def _explained(name: str, batch: int = 2, **options: object) -> tofu_fx.Explanation:
     entry = ZOO[name]
-    return tofu_fx.explain(entry.model(), entry.inputs(batch), options=options)
+    return tofu_fx.explain(entry.model(), entry.batch(batch), options=options)
 
 
 @pytest.mark.true_rates
 def test_tiny_model_is_left_alone_and_says_why() -> None:
     entry = ZOO["vit"]
-    model, x = entry.model(), entry.inputs()
+    model, x = entry.model(), entry.batch()
     explained = tofu_fx.explain(model, x)
     assert [WORDS in row.reason for row in explained.sites] == [True] * entry.sites
     assert "removing 6 of 37 tokens" in explained.sites[0].reason

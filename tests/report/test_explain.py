@@ -16,7 +16,7 @@ ENTRY = ZOO["siglip"]
 @pytest.fixture(scope="module")
 def explained() -> tofu_fx.Explanation:
     with torch.no_grad():
-        return tofu_fx.explain(ENTRY.model(), ENTRY.inputs(), options={"r": 4})
+        return tofu_fx.explain(ENTRY.model(), ENTRY.batch(), options={"r": 4})
 
 
 def test_every_attention_has_a_row_with_its_tokens_or_its_reason(explained: tofu_fx.Explanation) -> None:
@@ -42,7 +42,7 @@ def test_printed_table_shows_sites_reasons_and_totals(explained: tofu_fx.Explana
 
 
 def test_flops_are_those_of_the_graphs(explained: tofu_fx.Explanation) -> None:
-    model, x = ENTRY.model(), ENTRY.inputs()
+    model, x = ENTRY.model(), ENTRY.batch()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     # As products: torch 2.11 does not count the fused attention of CPU.
@@ -81,7 +81,7 @@ def test_code_before_and_after_is_readable(explained: tofu_fx.Explanation) -> No
 
 
 def test_model_is_untouched_and_nothing_is_compiled_for_it() -> None:
-    model, x = ENTRY.model(), ENTRY.inputs()
+    model, x = ENTRY.model(), ENTRY.batch()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
         expected = model(x)
@@ -92,7 +92,7 @@ def test_model_is_untouched_and_nothing_is_compiled_for_it() -> None:
 
 def test_token_groups_are_the_composed_assignment_of_the_reference() -> None:
     entry = ZOO["deit_distilled"]
-    model, x = entry.model(), entry.inputs()
+    model, x = entry.model(), entry.batch()
     with torch.no_grad():
         (groups,) = tofu_fx.token_groups(model, x, options={"r": 4, "strategy": "mlerp"})
         reducer = Reducer([("mlerp", 4)] * 3, 2)

@@ -21,7 +21,7 @@ ROWS = [("mlerp", 6), ("prune", 5), ("mean", 4)]
 @pytest.mark.parametrize("name", ["vit_avg_of_patches", "deit_distilled", "dinov2_registers"])
 def test_reduced_model_equals_the_reference(name: str, match: str) -> None:
     entry = ZOO[name]
-    model, x = entry.model(), entry.inputs()
+    model, x = entry.model(), entry.batch()
     plan = tofu_fx.explain(model, x, options={"r": 1}).plan
     rows = [
         row.model_copy(update={"strategy": strategy, "r": r, "match": match})
@@ -35,7 +35,7 @@ def test_reduced_model_equals_the_reference(name: str, match: str) -> None:
 @torch.no_grad()
 def test_option_is_the_same_as_a_plans_rows() -> None:
     entry = ZOO["vit_avg_of_patches"]
-    model, x = entry.model(), entry.inputs()
+    model, x = entry.model(), entry.batch()
     plan = tofu_fx.explain(model, x, options={"r": 5, "match": "heads"}).plan
     assert {row.match for row in plan.sites} == {"heads"}
     with_option = compiled(model, r=5, match="heads")(x)
@@ -55,7 +55,7 @@ LAYOUTS = (
 def test_kinds_are_of_the_same_keys_in_every_layout(name: str) -> None:
     entry = ZOO[name]
     with Trial(entry.model(), Options()) as trial:
-        batch = Batch((entry.inputs(),), dict(entry.kwargs))
+        batch = Batch((entry.batch(),), {})
         plain = trial.plain(batch)
         assert tensors(plain)
         trial.record(batch)

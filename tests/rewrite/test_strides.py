@@ -86,7 +86,7 @@ class ReadInEveryWay(Read):
 
 
 def test_what_is_read_of_the_tokens_keeps_its_strides() -> None:
-    for found, plain in both(ReadInEveryWay(), ZOO["vit"].inputs(), "aot_eager"):
+    for found, plain in both(ReadInEveryWay(), ZOO["vit"].batch(), "aot_eager"):
         assert found.shape == plain.shape
         assert found.dtype == plain.dtype
         assert meaningful(found) == meaningful(plain)
@@ -136,8 +136,8 @@ def test_windows_that_overlap_are_a_barrier() -> None:
 
 
 def test_class_token_of_a_symbolic_batch_keeps_its_strides() -> None:
-    call, x = compiled(Read(lambda x: x[:, 0]), r=4), ZOO["vit"].inputs(3)
+    call, x = compiled(Read(lambda x: x[:, 0]), r=4), ZOO["vit"].batch(3)
     torch._dynamo.mark_dynamic(x, 0)
     with torch.no_grad():
         assert call(x).stride() == (37 * 48, 1)
-        assert call(ZOO["vit"].inputs(2)).stride() == (37 * 48, 1)
+        assert call(ZOO["vit"].batch(2)).stride() == (37 * 48, 1)
