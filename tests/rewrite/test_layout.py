@@ -28,6 +28,7 @@ LAYOUTS = {
     "(b n) c": "b n c",
     "(n b) c": "b n c",
     "b h n c": "b n (h c)",
+    "b h c n": "b n (h c)",  # there and back are different orders here
     "b n h c": "b n (h c)",
     "n (b h) c": "b n (h c)",
     "a b n c": "(a b) n c",
