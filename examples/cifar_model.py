@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from saliency_model import MODEL, ROOT, normalise, resample_positions
 from torch import Tensor, nn
 
-from tofu_fx.demo.extra import need
+from tofu_fx.extras import need
 
 HEAD = ROOT / "examples" / "cifar_head.safetensors"
 DATA = ROOT.parent / "shared" / "data"

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from cifar_model import CLASSES, FILES, ROOT, load_cifar
 from torch import Tensor, nn
 
-from tofu_fx.demo.extra import need
+from tofu_fx.extras import need
 
 WEIGHTS = ROOT / "examples" / "denoiser.safetensors"
 SOURCES = ("cifar", "digits")

@@ -34,7 +34,7 @@ from torch import Tensor
 
 import tofu_fx
 from tofu_fx.demo.draw import fill_groups, group_borders
-from tofu_fx.demo.extra import MissingExtraError, need
+from tofu_fx.extras import MissingExtraError, need
 
 SWITCHED = "switched"
 STRATEGIES = ("prune", "mean", "mlerp", SWITCHED, "auto")

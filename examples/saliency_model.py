@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tofu_fx.demo.extra import need
+from tofu_fx.extras import need
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT.parent / "shared" / "models" / "dinov2_small_saliency.safetensors"

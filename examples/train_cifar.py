@@ -32,7 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from saliency_model import MODEL
 from torch import Tensor, nn
 
-from tofu_fx.demo.extra import MissingExtraError, need
+from tofu_fx.extras import MissingExtraError, need
 
 COARSE_SIZE = SIZE // 2
 WARMUP_STEPS = 30

@@ -46,7 +46,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from tofu_fx.demo.extra import MissingExtraError
+from tofu_fx.extras import MissingExtraError
 
 FOLDER = Path(tempfile.gettempdir()) / "tofu_fx_denoiser"
 CHECKPOINT = "checkpoint.pt"

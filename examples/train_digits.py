@@ -26,8 +26,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from tofu_fx.demo.data import NUMBER_DIGITS, Numbers, Scans, load_scans, load_test_numbers, make_numbers
-from tofu_fx.demo.extra import need
 from tofu_fx.demo.model import ARCHITECTURE, WEIGHTS, build_model, load_model, read_digits, save_model
+from tofu_fx.extras import need
 
 WARMUP_SHARE = 0.05
 COARSE_PATCH = 4

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-OPS, MASKS, DENSE = "tests/ops", "tests/test_masks.py", "tests/test_dense_heads.py -k normed"
+OPS, MASKS, DENSE = "tests/ops", "tests/sites/test_masks.py", "tests/models/test_dense_heads.py -k normed"
 REFERENCE = "tests/properties/test_transformers.py -k every"
 SKIPS = "tests/properties/test_transformers.py -k long_skip"
-MATCHING, MERGING, RULES = f"{OPS}/test_matching.py", f"{OPS}/test_merging.py", "tests/test_rules.py"
+MATCHING, MERGING, RULES = f"{OPS}/test_matching.py", f"{OPS}/test_merging.py", "tests/axes/test_rules.py"
 
 
 @dataclass(frozen=True)
@@ -129,17 +129,18 @@ MUTANTS = (
     Mutant("per-token values stand in the batch's order", "tofu_fx/rewrite/layout.py",
         "if ahead < len(batch):", "if False:", ("NBC",), REFERENCE),
     Mutant("padding is compared with the rest", "tofu_fx/rewrite/similarity.py",
-        "if not self.site.padding:", "if True:", ("padding", "finite padding"), "tests/test_padding.py"),
+        "if not self.site.padding:", "if True:", ("padding", "finite padding"), "tests/rewrite/test_padding.py"),
     Mutant("keys are the largest of the heads, not the mean", "tofu_fx/rewrite/similarity.py",
         "context.emit.call(aten.mean.dim, node, heads)", "context.emit.call(aten.amax.default, node, heads)",
         ("mean",), REFERENCE),
     Mutant("queries are left out of queries_keys", "tofu_fx/rewrite/similarity.py",
-        'if kind == "queries_keys":', 'if kind == "queries":', ("queries and keys",), "tests/test_match.py"),
+        'if kind == "queries_keys":', 'if kind == "queries":', ("queries and keys",),
+        "tests/rewrite/test_match.py"),
     # ---- rewriting
     Mutant("sums are multiplied by no size", "tofu_fx/rewrite/rewriter.py",
         "if node in self.ctx.tracer.pools:", "if False:", ("mean",), REFERENCE),
     Mutant("changes in place are made functional for all to see", "passes/functionalize_inplace.py",
-        "return next(later, None) is None", "return True", ("views in place",), "tests/test_slice_writes.py"),
+        "return next(later, None) is None", "return True", ("views in place",), "tests/passes/test_slice_writes.py"),
     # ---- operators: Python, which float64 takes and every device but the CPU
     Mutant("sources are the least similar", "tofu_fx/ops/matching.py",
         "chosen = ranked[:, :r]", "chosen = ranked[:, -r:]", ("double",), MATCHING),

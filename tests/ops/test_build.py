@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.ops.streams import same_bits, stream
-from tests.reference import reference_fuse
+from tests.oracle.operators import reference_fuse
 from tofu_fx.ops import build, cpu, fuse_tokens
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason="there is no C++ compiler")

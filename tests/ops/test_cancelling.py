@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.ops.streams import along, implementation, same_bits
-from tests.reference import cancellation, merge_error, reference_rebase
+from tests.oracle.operators import cancellation, merge_error, reference_rebase
 from tofu_fx.ops import fuse_tokens, rebase
 
 both = pytest.mark.usefixtures("on_both")

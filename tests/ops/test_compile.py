@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.ops.streams import DTYPES, implementation, same_bits, stream
-from tests.reference import reference_fuse
+from tests.oracle.operators import reference_fuse
 from tofu_fx.ops import STRATEGIES, cpu, fuse_tokens, permute_tokens
 from tofu_fx.ops.fuse import _fuse
 

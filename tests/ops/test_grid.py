@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from tests.dense.reference import cells_of, reference_grid_match
 from tests.ops.streams import DTYPES, along, implementation, same_bits
-from tests.reference import merge_error, reference_apply
+from tests.oracle.branches import cells_of, reference_grid_match
+from tests.oracle.operators import merge_error, reference_apply
 from tofu_fx.ops import STRATEGIES, fuse_tokens, max_reduction, restore_tokens
 
 quick = settings(max_examples=40, deadline=None)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.ops.streams import along, same_bits, stream
-from tests.reference import (
+from tests.oracle.operators import (
     decision_margin,
     reference_match,
 )

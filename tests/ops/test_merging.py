@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.ops.streams import DTYPES, MERGING, along, same_bits, stream
-from tests.reference import (
+from tests.oracle.operators import (
     decision_margin,
     merge_error,
     reference_fuse,

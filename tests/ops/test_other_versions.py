@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.ops.streams import DTYPES, same_bits, stream
-from tests.reference import (
+from tests.oracle.operators import (
     merge_error,
     reference_rebase,
     reference_restore,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.ops.streams import stream
-from tests.reference import reference_separate
+from tests.oracle.operators import reference_separate
 from tofu_fx.ops import fuse_tokens, max_reduction, separate
 
 pytestmark = pytest.mark.usefixtures("on_both")

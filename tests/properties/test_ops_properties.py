@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.reference import (
+from tests.oracle.operators import (
     decision_margin,
     merge_error,
     reference_apply,

@@ -7,8 +7,8 @@ import torch
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from tests.eager_reference import Reducer, Undecided
 from tests.harness import MEANING_TOLERANCE, PERMUTATION_TOLERANCE, randomise, relative_error, same_bits, study, tensors
+from tests.oracle.stream import Reducer, Undecided
 from tofu_fx.testing import Spec, Transformer
 
 flags = st.booleans()
@@ -53,7 +53,7 @@ def prove(spec: Spec, strategy: str = "mlerp", r: int = 2, batch: int = 2, seed:
     model = randomise(Transformer(spec), seed)
     (x,) = model.example_inputs(batch, seed)
     with torch.no_grad():
-        # The reference reduces the stream; the branches of blocks have theirs in tests/dense.
+        # The reference reduces the stream; the branches of blocks have theirs in tests/rewrite/test_branches.py.
         stream = {"placement": "stream"}
         found = study(model, x, variants={"reduced": {"r": r, "strategy": strategy, **stream}}, base=stream)
         plain = found.outputs["plain"]

@@ -1,7 +1,8 @@
 """The rewritten graphs of the catalogue as text: stored, compared with what the compiler makes now, and accepted.
 
-tests/test_catalogue.py compares each model's with the stored one, from the compilations that its proofs made. Where
-they differ it fails with the difference, and leaves the new text in tests/replay/new. Who wants the change accepts it:
+tests/models/test_catalogue.py compares each model's with the stored one, from the compilations that its proofs made.
+Where they differ it fails with the difference, and leaves the new text in tests/replay/new. Who wants the change
+accepts it:
 
     python -m tests.replay            which models have changed, and how the first of them did
     python -m tests.replay --accept   store what the last test run made
@@ -123,7 +124,7 @@ def not_compared(name: str) -> str:
         if then and then.get(library) != now.get(library):
             return (
                 f"the graphs were stored with {library} {then.get(library)}, {now.get(library)} is installed; to store "
-                f"those of now: remove {STORE.name}, run pytest tests/test_catalogue.py, then {ACCEPT}"
+                f"those of now: remove {STORE.name}, run pytest tests/models/test_catalogue.py, then {ACCEPT}"
             )
     return ""
 
@@ -174,7 +175,7 @@ def accept(order: Iterable[str]) -> list[str]:
     known = {**models, **new}
     missing = [name for name in order if name not in known]
     if missing and not models:
-        raise SystemExit(f"{len(missing)} models have no graph yet: run pytest tests/test_catalogue.py first")
+        raise SystemExit(f"{len(missing)} models have no graph yet: run pytest tests/models/test_catalogue.py first")
     store({name: known[name] for name in order if name in known}, here if new else versions or here)
     for path in NEW.glob("*.txt"):
         path.unlink()

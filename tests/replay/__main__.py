@@ -14,7 +14,7 @@ def main() -> None:
     given = parser.parse_args()
     changed = pending()
     if not changed:
-        print("nothing has changed, as far as the last run of pytest tests/test_catalogue.py goes")
+        print("nothing has changed, as far as the last run of pytest tests/models/test_catalogue.py goes")
         return
     if given.accept:
         names = accept(CATALOGUE)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from tofu_fx.demo.extra import MissingExtraError
+from tofu_fx.extras import MissingExtraError
 from tofu_fx.fx.nodes import is_op
 from tofu_fx.testing import (
     applied,

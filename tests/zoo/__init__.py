@@ -7,12 +7,11 @@ from tests.zoo.case import Case
 from tests.zoo.diffusion_catalogue import DIFFUSION_CASES
 from tests.zoo.handwritten import HANDWRITTEN
 from tests.zoo.other_catalogue import OTHER_CASES
-from tests.zoo.registry import Entry
 from tests.zoo.timm_catalogue import TIMM_CASES
 from tests.zoo.transformers_catalogue import TRANSFORMERS_CASES
 from tests.zoo.vision import TIMM, TORCHVISION, TRANSFORMERS
 
-ZOO: dict[str, Entry] = {**TIMM, **TRANSFORMERS, **TORCHVISION, **HANDWRITTEN}
+ZOO: dict[str, Case] = {**TIMM, **TRANSFORMERS, **TORCHVISION, **HANDWRITTEN}
 CATALOGUE: dict[str, Case] = {
     f"{library}: {name}": case
     for library, cases in (
@@ -24,4 +23,4 @@ CATALOGUE: dict[str, Case] = {
     for name, case in cases.items()
 }
 
-__all__ = ["CATALOGUE", "HANDWRITTEN", "TIMM", "TORCHVISION", "TRANSFORMERS", "ZOO", "Case", "Entry"]
+__all__ = ["CATALOGUE", "HANDWRITTEN", "TIMM", "TORCHVISION", "TRANSFORMERS", "ZOO", "Case"]

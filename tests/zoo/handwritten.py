@@ -9,7 +9,7 @@ from einops import rearrange, repeat
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
-from tests.zoo.registry import Entry
+from tests.zoo.case import Case
 
 DIM, HEADS, DEPTH = 32, 4, 3
 
@@ -128,11 +128,11 @@ class Encoder(nn.Module):
         return self.head(self.encoder(x).mean(1 if self.batch_first else 0))
 
 
-def _entry(make: Any, shape: tuple[int, ...] = (24, DIM), tokens: int = 24, prefix: int = 0) -> Entry:
-    return Entry(make, shape, DEPTH, tokens, (prefix, 0))
+def _entry(make: Any, shape: tuple[int, ...] = (24, DIM), tokens: int = 24, prefix: int = 0) -> Case:
+    return Case(make, shape, sites=DEPTH, tokens=tokens, protected=(prefix, 0))
 
 
-HANDWRITTEN: dict[str, Entry] = {
+HANDWRITTEN: dict[str, Case] = {
     "einops_class": _entry(lambda: EinopsViT("class"), (3, 48, 48), 37, 1),
     "einops_mean": _entry(lambda: EinopsViT("mean"), (3, 48, 48), 37, 1),
     "einsum": _entry(lambda: Plain(EinsumAttention)),

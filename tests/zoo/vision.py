@@ -9,20 +9,23 @@ import torch
 import torchvision
 import transformers
 
-from tests.zoo.registry import Entry
+from tests.zoo.case import Case
 
 DEPTH = 3
 
 
-def _timm(name: str, size: int, patch: int, prefix: int = 1, **kwargs: Any) -> Entry:
-    """A timm model by its name with ``size`` x ``size`` inputs. ``Entry`` fields may be among the keywords."""
+def _timm(name: str, size: int, patch: int, prefix: int = 1, **kwargs: Any) -> Case:
+    """A timm model by its name with ``size`` x ``size`` inputs. ``Case`` fields may be among the keywords."""
     facts = {key: kwargs.pop(key) for key in ("declined", "whole") if key in kwargs}
     dims = {"depth": DEPTH, "embed_dim": 48, "num_heads": 3, "num_classes": 10, "img_size": size, **kwargs}
     tokens = (size // patch) ** 2 + prefix
-    return Entry(lambda: timm.create_model(name, **dims), (3, size, size), DEPTH, tokens, (prefix, 0), **facts)
+    shape = (3, size, size)
+    return Case(
+        lambda: timm.create_model(name, **dims), shape, sites=DEPTH, tokens=tokens, protected=(prefix, 0), **facts
+    )
 
 
-TIMM: dict[str, Entry] = {
+TIMM: dict[str, Case] = {
     "vit": _timm("vit_tiny_patch16_224", 96, 16),
     "vit_augreg_224": _timm("vit_small_patch32_224.augreg_in21k", 224, 32),
     "vit_augreg_384": _timm("vit_small_patch32_384.augreg_in21k_ft_in1k", 384, 32),
@@ -45,15 +48,16 @@ TIMM: dict[str, Entry] = {
 _DIMS = {"hidden_size": 48, "num_hidden_layers": DEPTH, "num_attention_heads": 3, "intermediate_size": 96}
 
 
-def _hf(model: Any, config: Any, prefix: int = 1, size: int = 96, patch: int = 16, **kwargs: Any) -> Entry:
+def _hf(model: Any, config: Any, prefix: int = 1, size: int = 96, patch: int = 16, **kwargs: Any) -> Case:
     """A transformers model, called with return_dict as by default."""
     facts = {key: kwargs.pop(key) for key in ("declined", "whole") if key in kwargs}
     tokens = (size // patch) ** 2 + prefix
     dims = {**_DIMS, "image_size": size, "patch_size": patch, **kwargs}
-    return Entry(lambda: model(config(**dims)), (3, size, size), DEPTH, tokens, (prefix, 0), **facts)
+    shape = (3, size, size)
+    return Case(lambda: model(config(**dims)), shape, sites=DEPTH, tokens=tokens, protected=(prefix, 0), **facts)
 
 
-TRANSFORMERS: dict[str, Entry] = {
+TRANSFORMERS: dict[str, Case] = {
     "hf_vit": _hf(transformers.ViTModel, transformers.ViTConfig, whole=True),
     "hf_vit_eager": _hf(transformers.ViTModel, transformers.ViTConfig, whole=True, attn_implementation="eager"),
     "hf_vit_classifier": _hf(transformers.ViTForImageClassification, transformers.ViTConfig),
@@ -77,4 +81,4 @@ def _torchvision() -> torch.nn.Module:
     )
 
 
-TORCHVISION: dict[str, Entry] = {"torchvision_vit": Entry(_torchvision, (3, 96, 96), DEPTH, 37)}
+TORCHVISION: dict[str, Case] = {"torchvision_vit": Case(_torchvision, (3, 96, 96), sites=DEPTH, tokens=37)}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tofu_fx.cli.command import CommandError
-from tofu_fx.demo.extra import need
+from tofu_fx.extras import need
 from tofu_fx.wording import shortened, shown
 
 #: the names that are looked for

@@ -16,7 +16,7 @@ from torch import Tensor
 from tofu_fx.cli.arrays import Arrays
 from tofu_fx.cli.command import CommandError, note, positive
 from tofu_fx.cli.forms import ImageForm, Loaded, TokenForm, find_form
-from tofu_fx.demo.extra import need
+from tofu_fx.extras import need
 from tofu_fx.wording import refusal_of, shortened, shown
 
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")

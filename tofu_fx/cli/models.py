@@ -15,7 +15,7 @@ from torch import nn
 
 from tofu_fx.cli.command import CommandError, positive
 from tofu_fx.cli.forms import Loaded
-from tofu_fx.demo.extra import need
+from tofu_fx.extras import need
 from tofu_fx.wording import refusal_of, shortened, shown
 
 SOURCES = """\

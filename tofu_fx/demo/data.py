@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tofu_fx.demo.extra import need
+from tofu_fx.extras import need
 
 SCAN_SIZE = 8
 CELL_SIZE = 16

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tofu_fx.demo.extra import need
+from tofu_fx.extras import need
 from tofu_fx.plan.figure import new_figure
 
 INK, PAPER, WRONG, OUTLINE, GREY = "#16324f", "#fdfaf3", "#c0392b", "#e8703a", "#555555"

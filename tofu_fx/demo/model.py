@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tofu_fx.demo.data import CELL_SIZE, NUMBER_DIGITS
-from tofu_fx.demo.extra import need
+from tofu_fx.extras import need
 
 WEIGHTS = Path(__file__).with_name("digits_vit.safetensors")
 

@@ -19,9 +19,9 @@ import tofu_fx
 from tofu_fx.calibration.timing import room_for_variants
 from tofu_fx.demo.data import Numbers, load_test_numbers
 from tofu_fx.demo.draw import TokenMap, draw_token_maps
-from tofu_fx.demo.extra import need
 from tofu_fx.demo.measure import PLAIN, Variant, batches, compile_variant, count_work, make_variants, run_batch
 from tofu_fx.demo.model import load_model, patch_grid, read_facts
+from tofu_fx.extras import need
 
 STRATEGIES = ("prune", "mean", "mlerp", "auto")
 RATIOS = (0.3, 0.5)

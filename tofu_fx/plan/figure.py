@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tofu_fx.demo.extra import need
 from tofu_fx.errors import TofuError
+from tofu_fx.extras import need
 
 USER = "drawing a picture"
 INK, GREY = "#16324f", "#8a8a8a"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tofu_fx.demo.extra import MissingExtraError
+from tofu_fx.extras import MissingExtraError
 from tofu_fx.testing.compare import randomise
 from tofu_fx.testing.duplicates import repeated, without_positions
 from tofu_fx.testing.raw_graphs import ALIKE, BY_PLACE, IN_PLACE, GraphBuilder, RawGraph

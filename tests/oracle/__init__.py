@@ -1,0 +1,1 @@
+"""What reduced models must compute, written from the formulas: nothing here comes from the compiler under test."""
