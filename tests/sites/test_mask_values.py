@@ -90,8 +90,10 @@ def test_numbers_hide_what_they_put_far_below_the_rest(name: str, mask: Tensor, 
 
 
 def test_visible_keys_are_near_the_highest_of_a_sample() -> None:
-    logits = torch.tensor([[[0.0, -50.0], [-10.0, torch.nan]], [[-100.0, -120.0], [-torch.inf, -100.0]]])
-    assert visible(logits).tolist() == [[[True, False], [True, False]], [[True, True], [False, True]]]
+    inf, yes, no = torch.inf, True, False
+    logits = [[[0.0, -50.0], [-10.0, torch.nan]], [[-100.0, -120.0], [-inf, -100.0]], [[0.0, inf], [-50.0, -50.0]]]
+    sees = [[[yes, no], [yes, no]], [[yes, yes], [no, yes]], [[no, yes], [no, no]]]
+    assert visible(torch.tensor(logits)).tolist() == sees
 
 
 def test_mask_from_an_input_is_judged_by_this_call_and_by_others_that_may_come() -> None:
