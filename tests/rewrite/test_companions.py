@@ -126,6 +126,11 @@ TABLES: dict[str, tuple[Meeting, str, Callable[[Tensor], Tensor]]] = {
         "masked_fill",
         lambda kept: THERE.gather(1, kept)[:, :, None],
     ),
+    "one number for each token": (
+        lambda m, x, y, _: y + x.tanh()[:, :, :1],
+        "add",
+        lambda kept: X.tanh()[:, :, 0].gather(1, kept)[:, :, None],
+    ),
     "class token beside each": (
         lambda m, x, y, _: y + x[:, :1].expand(-1, N, -1),
         "add",

@@ -120,17 +120,20 @@ def test_image_that_the_tokens_come_from_is_known_without_its_class_token() -> N
 
 @torch.no_grad()
 def test_next_branch_is_what_the_next_residual_add_adds() -> None:
-    def two(m: Model, x: Tensor) -> Tensor:
-        y = block(m, x)
-        return y + m.mlp(m.norm2(y))
+    def added(m: Model, y: Tensor) -> Tensor:
+        h = m.norm2(y)
+        return m.mlp(h) + h * 2  # an add, and no residual one
 
-    found = traced(two, tokens())
+    def both(m: Model, x: Tensor) -> Tensor:
+        y = block(m, x)
+        return y + added(m, y)
+
+    found = traced(both, tokens())
     add = placed(found).reduce_at
     assert add is not None
     branch = next_branch(add, found.order)
     assert branch is not None
-    model = found.model
-    torch.testing.assert_close(found.values[branch], model.mlp(model.norm2(block(model, tokens()))))
+    torch.testing.assert_close(found.values[branch], added(found.model, block(found.model, tokens())))
     last = traced(lambda m, x: m.up(block(m, x)), tokens())
     end = placed(last).reduce_at
     assert end is not None
