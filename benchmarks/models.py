@@ -130,7 +130,7 @@ def _costs(rows: dict[str, dict[str, Any]], walk: dict[str, Any]) -> list[str]:
     unknown: Counter[str] = Counter()  # op -> occurrences
     for row in [*rows.values(), *(walk["rows"] if walk else ())]:
         unknown.update(row.get("unknown_ops") or {})
-    files = [ROOT / "tofu_fx" / name for name in ("rules.py", "rules_linear.py")]
+    files = sorted((ROOT / "tofu_fx" / "axes" / "rules").glob("*.py"))
     length = sum(len(file.read_text().splitlines()) for file in files)
     ran = [row for row in rows.values() if "error" not in row]
     ratios = sorted(row["passes"] / row["tracing"] for row in ran if row["sites"])
@@ -139,7 +139,7 @@ def _costs(rows: dict[str, dict[str, Any]], walk: dict[str, Any]) -> list[str]:
         "",
         "## Rules and time",
         "",
-        f"The rule table has {len(RULES)} entries in {length} lines ({' and '.join(file.name for file in files)}); "
+        f"The rule table has {len(RULES)} entries in {length} lines of tofu_fx/axes/rules; "
         "elementwise ops come from PyTorch's own tags. Ops met here that carried tokens and have no rule (each is a "
         "place where tokens must be whole): "
         + (", ".join(f"`{op}` ({n})" for op, n in unknown.items()) or "none")

@@ -2,7 +2,7 @@
 
 ``make_fx`` takes more than a millisecond a node, most of it for things that a Dynamo graph of fixed shapes does not
 have: proxies of symbolic sizes, constants, subclasses. This records the rest in a tenth of the time and leaves a graph
-with any of these to ``make_fx``. ``tests/test_recorder.py`` holds the two against each other.
+with any of these to ``make_fx``. ``tests/fx/test_recorder.py`` holds the two against each other.
 """
 
 from __future__ import annotations

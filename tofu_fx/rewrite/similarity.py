@@ -181,7 +181,7 @@ class Similarity:
             return logits
         inner = [i for i, dim in enumerate(dims) if not any(atom in batch for atom in dim)]
         top = emit.call(aten.amax.default, logits, inner, True)
-        return emit.call(aten.gt.Tensor, logits, emit.call(aten.sub.Scalar, top, FAR_BELOW))
+        return emit.call(aten.gt.Scalar, emit.call(aten.sub.Tensor, logits, top), -FAR_BELOW)
 
     def _over_keys(self, node: Node, dims: tuple[Dim, ...], place: int) -> Node:
         """Flags over (a part of) ``dims`` -> ``[B or 1, N, 1]``: whether any query of any head has the flag."""

@@ -261,7 +261,8 @@ class Masks:
 def visible(logits: Tensor) -> Tensor:
     """Where logits ``[.., Q, K]`` of blank scores let a query see a key. What is not a number is not seen."""
     logits = torch.nan_to_num(logits, nan=-torch.inf, posinf=torch.finfo(logits.dtype).max, neginf=-torch.inf)
-    return logits > logits.amax((-2, -1), keepdim=True) - FAR_BELOW
+    # The difference: beside a highest logit of 1e18 the bound itself would be lost in rounding.
+    return logits - logits.amax((-2, -1), keepdim=True) > -FAR_BELOW
 
 
 def _along(way: Sequence[Node], start: Tensor, values: dict[Node, Any]) -> Tensor:
