@@ -133,6 +133,7 @@ def rewrite(
     example_inputs: Sequence[Any] | None = None,
     shared_kernels: bool = False,
     shuffle: bool = False,
+    lowered: Compilation | None = None,
 ) -> Outcome:
     """Run the pipeline over a Dynamo graph, which stays as it is; arguments as for ``run_pipeline``.
 
@@ -143,7 +144,9 @@ def rewrite(
         # An optimizer's step, or a fragment between two graph breaks.
         return Outcome(None, f"{NOTHING}the graph has no product of matrices", state="empty")
     try:
-        return _outcome(run_pipeline(gm, options, example_inputs, shared_kernels=shared_kernels, shuffle=shuffle))
+        return _outcome(
+            run_pipeline(gm, options, example_inputs, shared_kernels=shared_kernels, shuffle=shuffle, lowered=lowered)
+        )
     except (OptionError, PlanError):
         raise
     except Unsupported as reason:

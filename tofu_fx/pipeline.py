@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from tofu_fx.compilation import Compilation
 from tofu_fx.errors import PassError, TofuError
-from tofu_fx.fx.nodes import module_path, source_line
+from tofu_fx.fx.nodes import graph_module, module_path, source_line
 from tofu_fx.fx.spec import check_spec
 from tofu_fx.passes.decline_unprofitable import decline_unprofitable
 from tofu_fx.passes.find_attention import find_attention
@@ -40,6 +40,8 @@ PASSES: tuple[Pass, ...] = (
     insert_reductions,  # needs the plan, and literals that follow the tokens
     verify,  # last: proves what the others made
 )
+#: The first of them, which read no option: a graph that is compiled under several may share what they make.
+LOWERING = ("lower_to_aten", "functionalize_inplace")
 
 
 def run_pipeline(
@@ -50,6 +52,7 @@ def run_pipeline(
     shared_kernels: bool = False,
     rehearse: bool = False,
     shuffle: bool = False,
+    lowered: Compilation | None = None,
 ) -> Compilation:
     """Run the passes over a Dynamo graph (which stays as it is) and return what they found and made.
 
@@ -61,6 +64,7 @@ def run_pipeline(
         shared_kernels: make token counts inputs of the rewritten graph (see ``tofu_fx.rewrite.token_count_inputs``).
         rehearse: do so on any device, and write what ``tofu_fx.calibration.rehearsal`` needs.
         shuffle: shuffle the tokens at every matched site; with r = 0 at each, the outputs must stay the same.
+        lowered: what :func:`lower` made of this graph; it stays as it is.
 
     Raises:
         TofuError: from a pass on purpose (an option or plan that does not fit, an unsupported graph).
@@ -71,11 +75,43 @@ def run_pipeline(
         raise TofuError(f"unknown pass to skip: {', '.join(sorted(unknown))}")
     compilation = Compilation(gm, options, example_inputs, shared_kernels=shared_kernels or rehearse)
     compilation.rehearsed, compilation.shuffle = [] if rehearse else None, shuffle
+    passes = PASSES
+    if lowered is not None:
+        _take_over(lowered, compilation)
+        passes = tuple(run for run in PASSES if run.__name__ not in LOWERING)
     placeholders = len(gm.graph.find_nodes(op="placeholder"))
-    for run in PASSES:
+    for run in passes:
         if run.__name__ not in skip:
             _run(run, compilation, placeholders)
     return compilation
+
+
+def lower(gm: GraphModule, example_inputs: Sequence[Any] | None = None) -> Compilation:
+    """Run the passes that read no option, for :func:`run_pipeline` to go on from under several options.
+
+    Raises:
+        TofuError, PassError: as there.
+    """
+    compilation = Compilation(gm, Options(), example_inputs)
+    placeholders = len(gm.graph.find_nodes(op="placeholder"))
+    for run in PASSES:
+        if run.__name__ in LOWERING:
+            _run(run, compilation, placeholders)
+    return compilation
+
+
+def _take_over(lowered: Compilation, compilation: Compilation) -> None:
+    """Give a compilation a graph of its own of what another lowered, and what is known of it."""
+    graph, twins = Graph(), dict[Node, Node]()
+    graph.output(graph.graph_copy(lowered.gm.graph, twins))
+    graph.output_node().meta = dict(lowered.gm.graph.output_node().meta)
+    for old, new in twins.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+    compilation.gm = graph_module(lowered.gm, graph)
+    compilation.model_state = frozenset(twins[node] for node in lowered.model_state)
+    compilation.before, compilation.traced_outputs = lowered.before, list(lowered.traced_outputs)
+    compilation.seconds = dict(lowered.seconds)
 
 
 def _run(run: Pass, compilation: Compilation, placeholders: int) -> None:

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from tofu_fx.backend import Outcome, rewrite
 from tofu_fx.compilation import Compilation
 from tofu_fx.errors import Unsupported
-from tofu_fx.pipeline import run_pipeline
+from tofu_fx.pipeline import lower, run_pipeline
 from tofu_fx.plan.options import Options
 from tofu_fx.plan.plan import Plan, PlanRow
 from tofu_fx.sites.site import Site
@@ -118,6 +118,19 @@ def study(
     return found
 
 
+@dataclass(frozen=True)
+class _Traced:
+    """One of Dynamo's graphs, which is lowered once for all that is made of it."""
+
+    gm: GraphModule
+    inputs: Any
+    lowered: Compilation | None
+
+    def rewrite(self, options: Options, shuffle: bool = False) -> Outcome:
+        """What the compiler makes of the graph by these options."""
+        return rewrite(self.gm, options, self.inputs, shuffle=shuffle, lowered=self.lowered)
+
+
 @dataclass
 class _Runs:
     """The backend of a study: every graph in all its variants, of which one is running."""
@@ -145,16 +158,17 @@ class _Runs:
         found.tracing += time.perf_counter() - self.began
         found.graphs += 1
         graphs: dict[str, Callable[..., Any]] = {"plain": gm}
-        compilation = _polymorphic(gm, inputs, self.base) if self.proofs or self._functions() else None
+        traced = _Traced(gm, inputs, _lowered(gm, inputs))
+        compilation = _polymorphic(traced, self.base) if self.proofs or self._functions() else None
         found.polymorphic.extend([] if compilation is None or not self.proofs else [compilation])
-        self._rewrite(graphs, gm, inputs, self.variants, compilation, "")
+        self._rewrite(graphs, traced, self.variants, compilation, "")
         for placement in _further(compilation, self.base) if self.everywhere and compilation else ():
-            compilation = _polymorphic(gm, inputs, {**self.base, "placement": placement})
+            compilation = _polymorphic(traced, {**self.base, "placement": placement})
             if compilation is None or not any(site.matched for site in compilation.sites):
                 continue
             if placement not in found.placements:
                 found.placements.append(placement)
-            self._rewrite(graphs, gm, inputs, self._functions(), compilation, placement)
+            self._rewrite(graphs, traced, self._functions(), compilation, placement)
         self.began = time.perf_counter()
         return lambda *inputs: graphs.get(self.running, gm)(*inputs)
 
@@ -164,8 +178,7 @@ class _Runs:
     def _rewrite(
         self,
         graphs: dict[str, Callable[..., Any]],
-        gm: GraphModule,
-        inputs: Any,
+        traced: _Traced,
         variants: Mapping[str, Variant],
         compilation: Compilation | None,
         placement: str,
@@ -177,7 +190,7 @@ class _Runs:
                 chosen = {"r": 1}
             if chosen is None:
                 continue
-            outcome = rewrite(gm, Options.parse({**EAGER, **chosen}), inputs)
+            outcome = traced.rewrite(Options.parse({**EAGER, **chosen}))
             self._note(graphs, placed(name, placement), outcome)
             if name in self.interpret and placed(name, placement) in graphs:
                 assert outcome.compilation is not None
@@ -191,7 +204,7 @@ class _Runs:
             rows = plan_rows(compilation, strategy="prune", r=0)
             if rows:  # a plan without any names no placement
                 shuffled = Options.parse({**EAGER, "plan": Plan(sites=rows)})
-                self._note(graphs, placed(SHUFFLED, placement), rewrite(gm, shuffled, inputs, shuffle=True))
+                self._note(graphs, placed(SHUFFLED, placement), traced.rewrite(shuffled, shuffle=True))
 
     def _note(self, graphs: dict[str, Callable[..., Any]], name: str, outcome: Outcome) -> None:
         self.found.outcomes.setdefault(name, []).append(outcome)
@@ -208,9 +221,20 @@ def _further(compilation: Compilation, base: Mapping[str, Any]) -> list[str]:
     return [*(["stream"] if "branch" in chosen else []), *(["branch"] if chosen and chosen != {"branch"} else [])]
 
 
-def _polymorphic(gm: GraphModule, inputs: Any, base: Mapping[str, Any]) -> Compilation | None:
-    """The graph with its token counts made symbolic and nothing reduced; None where it cannot be rewritten at all."""
+def _lowered(gm: GraphModule, inputs: Any) -> Compilation | None:
+    """What all variants have in common; None where the graph cannot be rewritten at all, as each of them then says."""
     try:
-        return run_pipeline(gm, Options.parse({**EAGER, **base, "r": 1}), inputs, skip=("insert_reductions",))
+        return lower(gm, inputs)
+    except Unsupported:
+        return None
+
+
+def _polymorphic(traced: _Traced, base: Mapping[str, Any]) -> Compilation | None:
+    """The graph with its token counts made symbolic and nothing reduced; None where it cannot be rewritten at all."""
+    if traced.lowered is None:
+        return None
+    options = Options.parse({**EAGER, **base, "r": 1})
+    try:
+        return run_pipeline(traced.gm, options, traced.inputs, skip=("insert_reductions",), lowered=traced.lowered)
     except Unsupported:
         return None
