@@ -107,7 +107,7 @@ def _take_over(lowered: Compilation, compilation: Compilation) -> None:
     graph.output_node().meta = dict(lowered.gm.graph.output_node().meta)
     for old, new in twins.items():
         if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+            new._dynamo_source = old._dynamo_source
     compilation.gm = graph_module(lowered.gm, graph)
     compilation.model_state = frozenset(twins[node] for node in lowered.model_state)
     compilation.before, compilation.traced_outputs = lowered.before, list(lowered.traced_outputs)

@@ -106,29 +106,70 @@ def study(
     call = torch.compile(model, backend=runs.backend)
     runs.began = time.perf_counter()
     found.outputs["plain"] = call(*args, **kwargs)
+    computed: dict[tuple[int, ...], tuple[Any, str]] = {}
+
+    def outputs_of(name: str) -> tuple[Any, str]:
+        """The outputs of a variant, or why there are none; run once for all variants that are the same graphs."""
+        same = runs.running_as(name)
+        if same not in computed:
+            try:
+                computed[same] = call(*args, **kwargs), ""
+            except (Undecided, Unfit) as reason:
+                computed[same] = None, str(reason)
+        return computed[same]
+
     for name in runs.names():
-        runs.running = name
-        found.outputs[name] = call(*args, **kwargs)
+        found.outputs[name], _ = outputs_of(name)
     for name in [placed(name, placement) for placement in found.placements for name in interpret]:
-        runs.running = f"{name}, interpreted"
-        try:
-            found.interpreted[name] = call(*args, **kwargs)
-        except (Undecided, Unfit) as reason:
-            found.undecided[name] = str(reason)
+        outputs, reason = outputs_of(f"{name}, interpreted")
+        if reason:
+            found.undecided[name] = reason
+        else:
+            found.interpreted[name] = outputs
     return found
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Traced:
     """One of Dynamo's graphs, which is lowered once for all that is made of it."""
 
     gm: GraphModule
     inputs: Any
     lowered: Compilation | None
+    #: what was made of it: by which options, whether shuffled, the outcome, and how the interpreter runs it
+    made: list[_Made] = field(default_factory=list)
+    #: what the interpreter found out, by what it depends on
+    labels: dict[Any, Labels] = field(default_factory=dict)
 
-    def rewrite(self, options: Options, shuffle: bool = False) -> Outcome:
-        """What the compiler makes of the graph by these options."""
-        return rewrite(self.gm, options, self.inputs, shuffle=shuffle, lowered=self.lowered)
+    def rewrite(self, options: Options, shuffle: bool = False) -> _Made:
+        """What the compiler makes of the graph by these options: once, for two placements may come to one plan."""
+        for made in self.made:
+            if made.shuffle == shuffle and made.options == options:
+                return made
+        outcome = rewrite(self.gm, options, self.inputs, shuffle=shuffle, lowered=self.lowered)
+        self.made.append(_Made(options, shuffle, outcome))
+        return self.made[-1]
+
+    def interpreted(self, made: _Made) -> Interpreter:
+        """The interpreter of what was made."""
+        if made.interpreter is None:
+            compilation = made.outcome.compilation
+            assert compilation is not None
+            assert compilation.before is not None
+            facts = facts_of(compilation)
+            known = self.labels.setdefault(facts.frame, Labels())
+            made.interpreter = Interpreter(compilation.before, facts, known)
+        return made.interpreter
+
+
+@dataclass
+class _Made:
+    """What the compiler made of a graph."""
+
+    options: Options
+    shuffle: bool
+    outcome: Outcome
+    interpreter: Interpreter | None = None
 
 
 @dataclass
@@ -143,6 +184,13 @@ class _Runs:
     everywhere: bool
     running: str = "plain"
     began: float = 0.0
+    #: for each graph, what runs it by the name of the variant
+    callables: list[dict[str, Callable[..., Any]]] = field(default_factory=list)
+
+    def running_as(self, name: str) -> tuple[int, ...]:
+        """Have a variant run; the same answer for two of them says that the same is run."""
+        self.running = name
+        return tuple(id(graphs.get(name, graphs["plain"])) for graphs in self.callables)
 
     def names(self) -> list[str]:
         """The variants of all graphs."""
@@ -158,6 +206,7 @@ class _Runs:
         found.tracing += time.perf_counter() - self.began
         found.graphs += 1
         graphs: dict[str, Callable[..., Any]] = {"plain": gm}
+        self.callables.append(graphs)
         traced = _Traced(gm, inputs, _lowered(gm, inputs))
         compilation = _polymorphic(traced, self.base) if self.proofs or self._functions() else None
         found.polymorphic.extend([] if compilation is None or not self.proofs else [compilation])
@@ -183,28 +232,22 @@ class _Runs:
         compilation: Compilation | None,
         placement: str,
     ) -> None:
-        labels: dict[Any, Labels] = {}
         for name, variant in variants.items():
             chosen = variant(compilation) if callable(variant) and compilation is not None else variant
             if callable(chosen):  # a graph that cannot be rewritten says so under any options
                 chosen = {"r": 1}
             if chosen is None:
                 continue
-            outcome = traced.rewrite(Options.parse({**EAGER, **chosen}))
-            self._note(graphs, placed(name, placement), outcome)
+            made = traced.rewrite(Options.parse({**EAGER, **chosen}))
+            self._note(graphs, placed(name, placement), made.outcome)
             if name in self.interpret and placed(name, placement) in graphs:
-                assert outcome.compilation is not None
-                assert outcome.compilation.before is not None
-                facts = facts_of(outcome.compilation)
-                known = labels.setdefault(facts.frame, Labels())
-                interpreter = Interpreter(outcome.compilation.before, facts, known)
-                graphs[f"{placed(name, placement)}, interpreted"] = interpreter
+                graphs[f"{placed(name, placement)}, interpreted"] = traced.interpreted(made)
         if self.proofs and compilation is not None:
             graphs[placed(POLYMORPHIC, placement)] = compilation.gm
             rows = plan_rows(compilation, strategy="prune", r=0)
             if rows:  # a plan without any names no placement
                 shuffled = Options.parse({**EAGER, "plan": Plan(sites=rows)})
-                self._note(graphs, placed(SHUFFLED, placement), traced.rewrite(shuffled, shuffle=True))
+                self._note(graphs, placed(SHUFFLED, placement), traced.rewrite(shuffled, shuffle=True).outcome)
 
     def _note(self, graphs: dict[str, Callable[..., Any]], name: str, outcome: Outcome) -> None:
         self.found.outcomes.setdefault(name, []).append(outcome)
