@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch.fx import GraphModule
 
-from tofu_fx.compilation import Compilation
+from tofu_fx.compilation import Compilation, Lowered
 from tofu_fx.dynamo import CONTROL_FLOW, compilations_of_last, is_ddp_bucket
 from tofu_fx.errors import OptionError, PassError, PlanError, TofuError, Unsupported
 from tofu_fx.fx.nodes import may_multiply
@@ -119,6 +119,7 @@ def rewrite(
     example_inputs: Sequence[Any] | None = None,
     shared_kernels: bool = False,
     reducer: Reducer | None = None,
+    lowered: Lowered | None = None,
 ) -> Outcome:
     """Run the pipeline over a Dynamo graph, which stays as it is; arguments as for ``run_pipeline``.
 
@@ -129,7 +130,7 @@ def rewrite(
         # An optimizer's step, or a fragment between two graph breaks.
         return Outcome(None, f"{NOTHING}the graph has no product of matrices", state="empty")
     try:
-        return _outcome(run_pipeline(gm, options, example_inputs, shared_kernels=shared_kernels, reducer=reducer))
+        return _outcome(run_pipeline(gm, options, example_inputs, shared_kernels, reducer, lowered))
     except (OptionError, PlanError):
         raise
     except Unsupported as reason:

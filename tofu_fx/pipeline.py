@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from tofu_fx.compilation import Captured, Compilation, Lowered
 from tofu_fx.errors import PassError, TofuError
@@ -25,6 +25,7 @@ from tofu_fx.passes.plan_reductions import plan_reductions
 from tofu_fx.passes.verify import verify
 from tofu_fx.plan.options import Options
 from tofu_fx.rewrite.reducer import Reducer
+from tofu_fx.sites.site import advanced
 
 logger = logging.getLogger("tofu_fx")
 
@@ -49,6 +50,8 @@ PASSES: tuple[Pass, ...] = (
     insert_reductions,  # needs the plan, and literals that follow the tokens
     verify,  # last: proves what the others made
 )
+#: The first of them, which read no option: a graph that is compiled under several may share what they make.
+LOWERING = ("lower_to_aten", "functionalize_inplace", "keep_before")
 
 
 def run_pipeline(
@@ -57,6 +60,7 @@ def run_pipeline(
     example_inputs: Sequence[Any] | None = None,
     shared_kernels: bool = False,
     reducer: Reducer | None = None,
+    lowered: Lowered | None = None,
 ) -> Compilation:
     """Run the passes over a Dynamo graph (which stays as it is) and return what they found and made.
 
@@ -66,12 +70,13 @@ def run_pipeline(
         example_inputs: what the graph is called with first, from Dynamo; attention behind a mask is declined without.
         shared_kernels: make token counts inputs of the rewritten graph (see ``tofu_fx.rewrite.token_count_inputs``).
         reducer: how reductions are written, where that is not the usual way.
+        lowered: what :func:`lower` made of this graph; it stays as it is.
 
     Raises:
         TofuError: from a pass on purpose (an option or plan that does not fit, an unsupported graph).
         PassError: a pass failed; names the pass, the node and the user's source line.
     """
-    graph = run_passes(PASSES, gm, options, example_inputs, shared_kernels, reducer)
+    graph = run_passes(PASSES, gm, options, example_inputs, shared_kernels, reducer, lowered)
     assert isinstance(graph, Compilation)
     return graph
 
@@ -83,14 +88,43 @@ def run_passes(
     example_inputs: Sequence[Any] | None = None,
     shared_kernels: bool = False,
     reducer: Reducer | None = None,
+    lowered: Lowered | None = None,
 ) -> Any:
     """As ``run_pipeline``, but some of the passes only: returns the stage that the last of them made."""
     reducer = reducer or Reducer()
     graph = Captured(gm, options, example_inputs, shared_kernels or reducer.any_plan, reducer)
     placeholders = len(gm.graph.find_nodes(op="placeholder"))
+    if lowered is not None:
+        graph = _own(lowered, graph)
+        passes = [run for run in passes if run.__name__ not in LOWERING]
     for run in passes:
         graph = _run(run, graph, placeholders)
     return graph
+
+
+def lower(gm: GraphModule, example_inputs: Sequence[Any] | None = None) -> Lowered:
+    """Run the passes that read no option, for :func:`run_pipeline` to go on from under several options.
+
+    Raises:
+        TofuError, PassError: as there.
+    """
+    passes = [run for run in PASSES if run.__name__ in LOWERING]
+    lowered: Lowered = run_passes(passes, gm, Options(), example_inputs)
+    return lowered
+
+
+def _own(lowered: Lowered, graph: Captured) -> Lowered:
+    """What another compilation lowered, with a copy of its graph that may be changed."""
+    copy, twins = Graph(), dict[Node, Node]()
+    copy.output(copy.graph_copy(lowered.gm.graph, twins))
+    copy.output_node().meta = dict(lowered.gm.graph.output_node().meta)
+    for old, new in twins.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    known = {"gm": graph_module(lowered.gm, copy), "seconds": dict(lowered.seconds)}
+    state = frozenset(twins[node] for node in lowered.model_state)
+    kept = {"traced_outputs": lowered.traced_outputs, "before": lowered.before}
+    return advanced(Lowered, graph, **known, **kept, model_state=state)
 
 
 def without(*names: str) -> tuple[Pass, ...]:

@@ -34,7 +34,12 @@ class Axis:
     @cached_property
     def tokens(self) -> Tensor:
         """The tokens that the tensor has, ascending."""
-        return self.token[self.token >= 0].unique()
+        return distinct(self.token)
+
+    @property
+    def is_single(self) -> bool:
+        """Whether all its elements that are of a token are of one."""
+        return not _are_several(self.token)
 
     @cached_property
     def places(self) -> Tensor:
@@ -44,7 +49,7 @@ class Axis:
         if bool((sample[inside] < 0).any()):
             raise Unfit("an op mixes the samples of a stream")
         order = inside[(sample[inside] * _MANY + token[inside]).argsort(stable=True)]
-        samples = len(sample[inside].unique())
+        samples = len(distinct(sample[inside]))
         if len(order) % (samples * len(self.tokens)):
             raise Unfit("tokens of one tensor have different numbers of elements")
         return order.view(samples, len(self.tokens), -1)
@@ -54,6 +59,20 @@ class Axis:
         flat = value.flatten().clone()
         flat[self.places] = change(flat[self.places])
         return flat.view(value.shape)
+
+
+def distinct(labels: Tensor) -> Tensor:
+    """The labels that there are, ascending, without those of none: as ``unique``, which sorts all of them."""
+    known = labels[labels >= 0]
+    seen = torch.zeros(int(known.max()) + 1 if len(known) else 0, dtype=torch.bool)
+    seen[known] = True
+    return seen.nonzero().flatten()
+
+
+def _are_several(labels: Tensor) -> bool:
+    """Whether there are two labels, or more, that differ."""
+    highest = labels.max()
+    return bool((torch.where(labels >= 0, labels, highest) != highest).any())
 
 
 Call = Callable[[Sequence[Any]], Any]
@@ -75,6 +94,12 @@ class Trial:
 
     def __post_init__(self) -> None:
         self.results = parts(self.call(self.operands))
+
+    @cached_property
+    def _nan(self) -> list[Tensor | None]:
+        """Where each result is not a number; None where it is one everywhere."""
+        nan = [result != result for result in self.results]
+        return [where if bool(where.any()) else None for where in nan]
 
     @property
     def pointwise(self) -> bool:
@@ -114,9 +139,13 @@ class Trial:
     def _touched(self, place: int, where: Tensor) -> list[Tensor]:
         if not bool(where.any()):
             return [torch.zeros(result.shape, dtype=torch.bool) for result in self.results]
-        changed = torch.where(where, _other(self.operands[place]), self.operands[place])
-        again = parts(self.call([*self.operands[:place], changed, *self.operands[place + 1 :]]))
-        return [~((a == b) | ((a != a) & (b != b))) for a, b in zip(again, self.results, strict=True)]
+        other = torch.where(where, _other(self.operands[place]), self.operands[place])
+        again = parts(self.call([*self.operands[:place], other, *self.operands[place + 1 :]]))
+        changed = [a != b for a, b in zip(again, self.results, strict=True)]
+        return [
+            where if nan is None else where & ~(nan & (a != a))
+            for where, nan, a in zip(changed, self._nan, again, strict=True)
+        ]
 
 
 def _other(value: Tensor) -> Tensor:
@@ -139,7 +168,7 @@ def carry(trial: Trial, operands: Sequence[list[Axis]]) -> list[list[Axis]]:
                     _add(found[i], Axis(axis.stream, token, sample))
     # A single token, taken from the others (a class token), has no places among them any more.
     return [
-        [Axis(axis.stream, _filled(axis.token, 2), _filled(axis.sample, 1)) for axis in axes if len(axis.tokens) > 1]
+        [Axis(axis.stream, _filled(axis.token, 2), _filled(axis.sample, 1)) for axis in axes if not axis.is_single]
         for axes in found
     ]
 
@@ -150,7 +179,8 @@ def _filled(labels: Tensor, least: int) -> Tensor:
     Features that a table adds to those of the tokens, side by side, are the tokens' as well. Labels of which there are
     fewer than ``least`` stay: those of one token alone say nothing of its neighbours.
     """
-    if len(labels[labels >= 0].unique()) < least or bool((labels >= 0).all()):
+    known = labels >= 0
+    if bool(known.all()) or not bool(known.any()) or (least > 1 and not _are_several(labels)):
         return labels
     for dim in range(labels.dim()):
         known = labels >= 0
@@ -195,7 +225,7 @@ class Companion:
 def _moved(tokens: Tensor, chief: Tensor) -> Tensor:
     """For each index the one to take instead: of the token's chief, the same of those that belong to it."""
     index = torch.arange(len(tokens))
-    of_token = {int(token): (tokens == token).nonzero().flatten() for token in tokens[tokens >= 0].unique()}
+    of_token = {int(token): (tokens == token).nonzero().flatten() for token in distinct(tokens)}
     for token, places in of_token.items():
         chiefs = of_token.get(int(chief[token]))
         if chiefs is None or len(chiefs) != len(places):

@@ -11,9 +11,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from tofu_fx.backend import Outcome, rewrite
-from tofu_fx.compilation import Compilation, Scheduled
+from tofu_fx.compilation import Compilation, Lowered, Scheduled
 from tofu_fx.errors import Unsupported
-from tofu_fx.pipeline import run_passes, without
+from tofu_fx.pipeline import lower, run_passes, without
 from tofu_fx.plan.options import Options
 from tofu_fx.plan.plan import Plan
 from tofu_fx.plan.records import PlanRow
@@ -108,16 +108,71 @@ def study(
     call = torch.compile(model, backend=runs.backend)
     runs.began = time.perf_counter()
     found.outputs["plain"] = call(*args, **kwargs)
+    computed: dict[tuple[int, ...], tuple[Any, str]] = {}
+
+    def outputs_of(name: str) -> tuple[Any, str]:
+        """The outputs of a variant, or why there are none; run once for all variants that are the same graphs."""
+        same = runs.running_as(name)
+        if same not in computed:
+            try:
+                computed[same] = call(*args, **kwargs), ""
+            except (Undecided, Unfit) as reason:
+                computed[same] = None, str(reason)
+        return computed[same]
+
     for name in runs.names():
-        runs.running = name
-        found.outputs[name] = call(*args, **kwargs)
+        found.outputs[name], _ = outputs_of(name)
     for name in [placed(name, placement) for placement in found.placements for name in interpret]:
-        runs.running = f"{name}, interpreted"
-        try:
-            found.interpreted[name] = call(*args, **kwargs)
-        except (Undecided, Unfit) as reason:
-            found.undecided[name] = str(reason)
+        outputs, reason = outputs_of(f"{name}, interpreted")
+        if reason:
+            found.undecided[name] = reason
+        else:
+            found.interpreted[name] = outputs
     return found
+
+
+@dataclass
+class _Traced:
+    """One of Dynamo's graphs, which is lowered once for all that is made of it."""
+
+    gm: GraphModule
+    inputs: Any
+    lowered: Lowered | None
+    #: what was made of it: by which options, whether shuffled, the outcome, and how the interpreter runs it
+    made: list[_Made] = field(default_factory=list)
+    #: what the interpreter found out, by what it depends on
+    labels: dict[Any, Labels] = field(default_factory=dict)
+
+    def rewrite(self, options: Options, shuffle: bool = False) -> _Made:
+        """What the compiler makes of the graph by these options: once, for two placements may come to one plan."""
+        for made in self.made:
+            if made.shuffle == shuffle and made.options == options:
+                return made
+        reducer = Shuffler() if shuffle else None
+        outcome = rewrite(self.gm, options, self.inputs, reducer=reducer, lowered=self.lowered)
+        self.made.append(_Made(options, shuffle, outcome))
+        return self.made[-1]
+
+    def interpreted(self, made: _Made) -> Interpreter:
+        """The interpreter of what was made."""
+        if made.interpreter is None:
+            compilation = made.outcome.compilation
+            assert compilation is not None
+            assert compilation.before is not None
+            facts = facts_of(compilation)
+            known = self.labels.setdefault(facts.frame, Labels())
+            made.interpreter = Interpreter(compilation.before, facts, known)
+        return made.interpreter
+
+
+@dataclass
+class _Made:
+    """What the compiler made of a graph."""
+
+    options: Options
+    shuffle: bool
+    outcome: Outcome
+    interpreter: Interpreter | None = None
 
 
 @dataclass
@@ -132,6 +187,13 @@ class _Runs:
     everywhere: bool
     running: str = "plain"
     began: float = 0.0
+    #: for each graph, what runs it by the name of the variant
+    callables: list[dict[str, Callable[..., Any]]] = field(default_factory=list)
+
+    def running_as(self, name: str) -> tuple[int, ...]:
+        """Have a variant run; the same answer for two of them says that the same is run."""
+        self.running = name
+        return tuple(id(graphs.get(name, graphs["plain"])) for graphs in self.callables)
 
     def names(self) -> list[str]:
         """The variants of all graphs."""
@@ -147,16 +209,18 @@ class _Runs:
         found.tracing += time.perf_counter() - self.began
         found.graphs += 1
         graphs: dict[str, Callable[..., Any]] = {"plain": gm}
-        compilation = _polymorphic(gm, inputs, self.base) if self.proofs or self._functions() else None
+        self.callables.append(graphs)
+        traced = _Traced(gm, inputs, _lowered(gm, inputs))
+        compilation = _polymorphic(traced, self.base) if self.proofs or self._functions() else None
         found.polymorphic.extend([] if compilation is None or not self.proofs else [compilation])
-        self._rewrite(graphs, gm, inputs, self.variants, compilation, "")
+        self._rewrite(graphs, traced, self.variants, compilation, "")
         for placement in _further(compilation, self.base) if self.everywhere and compilation else ():
-            compilation = _polymorphic(gm, inputs, {**self.base, "placement": placement})
+            compilation = _polymorphic(traced, {**self.base, "placement": placement})
             if compilation is None or not any(site.matched for site in compilation.sites):
                 continue
             if placement not in found.placements:
                 found.placements.append(placement)
-            self._rewrite(graphs, gm, inputs, self._functions(), compilation, placement)
+            self._rewrite(graphs, traced, self._functions(), compilation, placement)
         self.began = time.perf_counter()
         return lambda *inputs: graphs.get(self.running, gm)(*inputs)
 
@@ -166,34 +230,27 @@ class _Runs:
     def _rewrite(
         self,
         graphs: dict[str, Callable[..., Any]],
-        gm: GraphModule,
-        inputs: Any,
+        traced: _Traced,
         variants: Mapping[str, Variant],
         compilation: Scheduled | None,
         placement: str,
     ) -> None:
-        labels: dict[Any, Labels] = {}
         for name, variant in variants.items():
             chosen = variant(compilation) if callable(variant) and compilation is not None else variant
             if callable(chosen):  # a graph that cannot be rewritten says so under any options
                 chosen = {"r": 1}
             if chosen is None:
                 continue
-            outcome = rewrite(gm, Options.parse({**EAGER, **chosen}), inputs)
-            self._note(graphs, placed(name, placement), outcome)
+            made = traced.rewrite(Options.parse({**EAGER, **chosen}))
+            self._note(graphs, placed(name, placement), made.outcome)
             if name in self.interpret and placed(name, placement) in graphs:
-                assert outcome.compilation is not None
-                assert outcome.compilation.before is not None
-                facts = facts_of(outcome.compilation)
-                known = labels.setdefault(facts.frame, Labels())
-                interpreter = Interpreter(outcome.compilation.before, facts, known)
-                graphs[f"{placed(name, placement)}, interpreted"] = interpreter
+                graphs[f"{placed(name, placement)}, interpreted"] = traced.interpreted(made)
         if self.proofs and compilation is not None:
             graphs[placed(POLYMORPHIC, placement)] = compilation.gm
             rows = plan_rows(compilation, strategy="prune", r=0)
             if rows:  # a plan without any names no placement
                 shuffled = Options.parse({**EAGER, "plan": Plan(sites=rows)})
-                self._note(graphs, placed(SHUFFLED, placement), rewrite(gm, shuffled, inputs, reducer=Shuffler()))
+                self._note(graphs, placed(SHUFFLED, placement), traced.rewrite(shuffled, shuffle=True).outcome)
 
     def _note(self, graphs: dict[str, Callable[..., Any]], name: str, outcome: Outcome) -> None:
         self.found.outcomes.setdefault(name, []).append(outcome)
@@ -210,11 +267,22 @@ def _further(compilation: Scheduled, base: Mapping[str, Any]) -> list[str]:
     return [*(["stream"] if "branch" in chosen else []), *(["branch"] if chosen and chosen != {"branch"} else [])]
 
 
-def _polymorphic(gm: GraphModule, inputs: Any, base: Mapping[str, Any]) -> Scheduled | None:
-    """The graph with its token counts made symbolic and nothing reduced; None where it cannot be rewritten at all."""
+def _lowered(gm: GraphModule, inputs: Any) -> Lowered | None:
+    """What all variants have in common; None where the graph cannot be rewritten at all, as each of them then says."""
     try:
-        options = Options.parse({**EAGER, **base, "r": 1})
-        graph: Scheduled = run_passes(without("insert_reductions"), gm, options, inputs)
+        return lower(gm, inputs)
+    except Unsupported:
+        return None
+
+
+def _polymorphic(traced: _Traced, base: Mapping[str, Any]) -> Scheduled | None:
+    """The graph with its token counts made symbolic and nothing reduced; None where it cannot be rewritten at all."""
+    if traced.lowered is None:
+        return None
+    options = Options.parse({**EAGER, **base, "r": 1})
+    try:
+        passes, lowered = without("insert_reductions"), traced.lowered
+        graph: Scheduled = run_passes(passes, traced.gm, options, traced.inputs, lowered=lowered)
         return graph
     except Unsupported:
         return None
