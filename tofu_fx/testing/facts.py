@@ -76,7 +76,7 @@ def _entry(tracer: AxisTracer, site: Planned, branch: Branch | None, owner: str,
 
 def _is_masked(attention: Attention) -> bool:
     """Whether anything joins the scores on their way to the softmax: what it hides the interpreter sees for itself."""
-    return attention.mask is not None or any(not is_op(node, *_UNMASKED) for node in attention.way[1:-1])
+    return attention.mask is not None or any(not is_op(node, *_UNMASKED) for node in attention.way[1:])
 
 
 def _samples(tracer: AxisTracer, site: Planned, axes: Axes) -> tuple[Atom, ...]:
