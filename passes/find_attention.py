@@ -19,10 +19,11 @@ from tofu_fx.axes.tracer import AxisTracer, trace
 from tofu_fx.compilation import Analysed, Lowered
 from tofu_fx.fx.nodes import argument, is_op, module_path
 from tofu_fx.fx.op_families import MATRIX_PRODUCTS
+from tofu_fx.fx.stages import advanced
 from tofu_fx.sites.attention import OPAQUE, find_attentions, find_comparisons
 from tofu_fx.sites.guards import Guard
 from tofu_fx.sites.masks import MOST_OF_A_MASK, Masks
-from tofu_fx.sites.site import Attention, Decline, Declined, Found, Site, advanced
+from tofu_fx.sites.site import Attention, Decline, Declined, Found, Site
 
 _LINEAR = "linear attention: it sums over all tokens once and compares no two, so that fewer of them save little"
 _MASKED = {

@@ -23,9 +23,10 @@ from tofu_fx.axes.tracer import AxisTracer, BarrierRecord, Seed, trace
 from tofu_fx.compilation import Analysed, Followed
 from tofu_fx.fx.nodes import is_op, value_graph
 from tofu_fx.fx.op_families import WORK
+from tofu_fx.fx.stages import advanced
 from tofu_fx.plan.options import Options
 from tofu_fx.sites.residual import sample_places, token_places
-from tofu_fx.sites.site import Decline, Declined, Placed, Site, advanced, placed
+from tofu_fx.sites.site import Decline, Declined, Placed, Site, placed
 
 _VARYING = (
     "its number of tokens is symbolic; how many go is decided for each number, so every number is compiled on its own: "

@@ -25,7 +25,7 @@ from tofu_fx.fx.held import fake_of, lift_tensors, put_back
 from tofu_fx.fx.nodes import is_impure, source_line
 from tofu_fx.fx.recorder import record
 from tofu_fx.fx.spellings import respell
-from tofu_fx.sites.site import advanced
+from tofu_fx.fx.stages import advanced
 
 
 def lower_to_aten(graph: Captured) -> Lowered:

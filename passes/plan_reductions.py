@@ -6,8 +6,8 @@ Before: a site is placed. After: it is planned. Changes nothing in the graph.
 from __future__ import annotations
 
 from tofu_fx.compilation import Followed, Scheduled
+from tofu_fx.fx.stages import advanced
 from tofu_fx.plan.schedule import schedule
-from tofu_fx.sites.site import advanced
 
 
 def plan_reductions(graph: Followed) -> Scheduled:

@@ -14,6 +14,7 @@ from tofu_fx.compilation import Captured, Compilation, Lowered
 from tofu_fx.errors import PassError, TofuError
 from tofu_fx.fx.nodes import copy_graph, graph_module, module_path, source_line
 from tofu_fx.fx.spec import check_spec
+from tofu_fx.fx.stages import advanced
 from tofu_fx.passes.decline_unprofitable import decline_unprofitable
 from tofu_fx.passes.find_attention import find_attention
 from tofu_fx.passes.find_streams import find_streams
@@ -25,7 +26,6 @@ from tofu_fx.passes.plan_reductions import plan_reductions
 from tofu_fx.passes.verify import verify
 from tofu_fx.plan.options import Options
 from tofu_fx.rewrite.reducer import Reducer
-from tofu_fx.sites.site import advanced
 
 logger = logging.getLogger("tofu_fx")
 

@@ -36,9 +36,9 @@ from tests.axes.layouts import (
 )  # fmt: skip
 from tofu_fx.compilation import Captured, Compilation, Lowered
 from tofu_fx.fx.spellings import respell
+from tofu_fx.fx.stages import advanced
 from tofu_fx.pipeline import run_passes, without
 from tofu_fx.plan.options import Options
-from tofu_fx.sites.site import advanced
 
 # The verdicts.
 CARRIED = "carried"  # the op does the same on fewer tokens

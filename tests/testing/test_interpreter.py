@@ -24,7 +24,7 @@ from tofu_fx.testing.formulas import choose, merge, partners_of
 from tofu_fx.testing.strategies import made
 
 FOLDER = Path(tofu_fx.testing.__file__).parent
-FILES = ("interpreter", "reduced", "labels", "formulas")
+FILES = ("interpreter", "reduced", "running", "told", "labels", "formulas")
 
 
 @pytest.mark.parametrize("name", FILES)

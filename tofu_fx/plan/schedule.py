@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tofu_fx.errors import OptionError
+from tofu_fx.fx.stages import advanced
 from tofu_fx.plan.counts import Passage, streams, walk
 from tofu_fx.plan.fit import rows_for
 from tofu_fx.plan.options import Options
 from tofu_fx.plan.sketch import folds
-from tofu_fx.sites.site import Placed, Planned, advanced
+from tofu_fx.sites.site import Placed, Planned
 
 DEFAULT_RATIO = 0.5
 

@@ -22,8 +22,9 @@ from tofu_fx.axes.atoms import Atom, Axes
 from tofu_fx.axes.tracer import AxisTracer
 from tofu_fx.fx.nodes import is_op, tensor_inputs
 from tofu_fx.fx.op_families import CONVOLUTIONS, COPIES, TOKEN_NORMS, WORK
+from tofu_fx.fx.stages import advanced
 from tofu_fx.sites.residual import LOOKED_AT, descendants, image_of, protected, token_places, too_few
-from tofu_fx.sites.site import Branch, Decline, Declined, Found, Placed, advanced
+from tofu_fx.sites.site import Branch, Decline, Declined, Found, Placed
 
 logger = logging.getLogger("tofu_fx")
 

@@ -12,7 +12,8 @@ from torch.fx import Node
 from tofu_fx.axes.atoms import Atom, hint
 from tofu_fx.axes.tracer import AxisTracer
 from tofu_fx.fx.nodes import argument, is_op
-from tofu_fx.sites.site import Attention, Decline, Declined, Found, Placed, advanced
+from tofu_fx.fx.stages import advanced
+from tofu_fx.sites.site import Attention, Decline, Declined, Found, Placed
 
 _NEAR_THE_END = 16  # a token that the graph takes by its position this near an end is a prefix or suffix token
 #: nodes that are looked at, after an attention or back from its queries; a block of the deepest model met has 60

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 from torch.fx import Node
 
@@ -213,12 +213,6 @@ class Declined:
 
 #: a site at whatever stage
 Site = Found | Placed | Planned | Declined
-S = TypeVar("S")
-
-
-def advanced(stage: type[S], earlier: Any, **facts: Any) -> S:
-    """The next stage of what is known: all that was known, and these facts."""
-    return stage(**{**vars(earlier), **facts})
 
 
 def placed(sites: Iterable[Site]) -> list[Placed]:

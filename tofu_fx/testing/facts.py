@@ -15,7 +15,7 @@ from tofu_fx.axes.tracer import AxisTracer
 from tofu_fx.compilation import Compilation
 from tofu_fx.fx.nodes import is_op
 from tofu_fx.sites.site import Attention, Branch, Planned
-from tofu_fx.testing.interpreter import Entry, Facts, Span, Vectors, Where
+from tofu_fx.testing.told import Entry, Facts, Span, Vectors, Where
 
 _UNMASKED = ("view", "reshape", "mul", "div", "to", "softmax", "unflatten", "flatten")  # these hide nothing
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from tofu_fx.testing.formulas import groups_of, join, merge, metric_of, similarity
-from tofu_fx.testing.interpreter import Entry, Interpreter, Running, Vectors
 from tofu_fx.testing.labels import Axis, Companion, Unfit
+from tofu_fx.testing.running import Prepared, Running
+from tofu_fx.testing.told import Entry, Vectors
 
 # Weights below this are none: the key is hidden. (exp of -46, and of what masks put in the place of minus infinity.)
 _HIDDEN = 1e-20
@@ -47,8 +48,8 @@ class Step:
 class Reduced(Running):
     """Runs the untouched graph with its tokens reduced at each entry."""
 
-    def __init__(self, interpreter: Interpreter) -> None:
-        super().__init__(interpreter)
+    def __init__(self, prepared: Prepared) -> None:
+        super().__init__(prepared)
         self.steps: dict[int, list[Step]] = {}
         self.chosen: dict[str, tuple[str, Tensor]] = {}
         #: how many reductions of each stream a node's value has seen
@@ -139,7 +140,7 @@ class Reduced(Running):
     # ---- attention without log(size) -------------------------------------------------------------------------------
 
     def _is_softmax(self, node: Node) -> bool:
-        attention = node in self.interpreter.weights.values() or node.name in self.facts.attentions
+        attention = node in self.prepared.weights.values() or node.name in self.facts.attentions
         return attention and _name(node) in _SOFTMAX
 
     def _counted_once(self, node: Node, logits: Tensor, axes: list[Axis], newest: Mapping[int, int]) -> Tensor:
@@ -267,10 +268,10 @@ class Reduced(Running):
 
     def _named(self, vectors: Vectors) -> Node:
         if vectors.fused:
-            if vectors.node not in self.interpreter.weights:
+            if vectors.node not in self.prepared.weights:
                 raise Unfit("the weights of a fused attention are not known")
-            return self.interpreter.weights[vectors.node]
-        return next(node for node in self.interpreter.graph.nodes if node.name == vectors.node)
+            return self.prepared.weights[vectors.node]
+        return next(node for node in self.prepared.graph.nodes if node.name == vectors.node)
 
     def _ahead(self, node: Node) -> Any:
         """A node's value, ahead of its place in the graph where it has none yet: the keys of a branch."""

@@ -20,8 +20,9 @@ from tofu_fx.plan.records import PlanRow
 from tofu_fx.sites.site import Placed, Planned, Site
 from tofu_fx.testing.facts import facts_of
 from tofu_fx.testing.formulas import Undecided
-from tofu_fx.testing.interpreter import Interpreter, Labels
+from tofu_fx.testing.interpreter import Interpreter
 from tofu_fx.testing.labels import Unfit
+from tofu_fx.testing.running import Labels
 from tofu_fx.testing.shuffle import Shuffler
 
 #: options under which nothing is compiled, nothing fails in silence, and tiny models are reduced too
