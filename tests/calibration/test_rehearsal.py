@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 import tofu_fx
 from tests.harness import compiled, randomise, relative_error, same_bits, tensors
@@ -55,34 +55,26 @@ def test_rehearsed_plan_has_the_bits_of_the_compiled_one(name: str, match: str) 
     assert relative_error(whole, expected) < 1e-5
 
 
-@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 12)), min_size=3, max_size=3), st.integers(0, 2))
-def test_any_plan_rehearsed_from_any_recorded_run(rows: list[tuple[int, int]], skipped: int) -> None:
-    _, batch, trial = _prepared()
-    choices = {}
-    count = 37
-    for number, (site, (strategy, r)) in enumerate(zip(trial.sites, rows, strict=True)):
-        r = 0 if number < skipped else min(r, site.cap(count))
-        choices[site.id] = Choice(("prune", "mean", "mlerp")[strategy], "keys", r)
-        count -= r
-    with trial:
-        trial.record(batch)
-        resumed = trial.reduced(batch, choices)
-        trial.forget()
-        assert same_bits(resumed, trial.reduced(batch, choices))
+def test_any_plan_rehearsed_from_any_recorded_run() -> None:
+    model = randomise(ZOO["vit_avg_of_patches"].model())
+    batch = Batch((ZOO["vit_avg_of_patches"].batch(),))
+    with Trial(model, Options()) as trial:  # once for all examples: each time it is entered the model is traced anew
+        trial.plain(batch)
 
+        @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 12)), min_size=3, max_size=3), st.integers(0, 2))
+        def has_the_same_bits(rows: list[tuple[int, int]], skipped: int) -> None:
+            choices = {}
+            count = 37
+            for number, (site, (strategy, r)) in enumerate(zip(trial.sites, rows, strict=True)):
+                r = 0 if number < skipped else min(r, site.cap(count))
+                choices[site.id] = Choice(("prune", "mean", "mlerp")[strategy], "keys", r)
+                count -= r
+            trial.record(batch)
+            resumed = trial.reduced(batch, choices)
+            trial.forget()
+            assert same_bits(resumed, trial.reduced(batch, choices))
 
-_KEPT: dict[str, Any] = {}
-
-
-def _prepared() -> tuple[nn.Module, Batch, Trial]:
-    if not _KEPT:
-        model = randomise(ZOO["vit_avg_of_patches"].model())
-        batch = Batch((ZOO["vit_avg_of_patches"].batch(),))
-        trial = Trial(model, Options())
-        with trial:
-            trial.plain(batch)
-        _KEPT["all"] = model, batch, trial
-    return _KEPT["all"]
+        has_the_same_bits()
 
 
 @pytest.mark.parametrize("name", NAMES)
