@@ -79,7 +79,7 @@ def load(name: str) -> tuple[torch.nn.Module, torch.Tensor]:
         try:
             model(x)
             return model, x
-        except Exception as found:
+        except Exception as found:  # noqa: BLE001 - a row says what failed
             error = found
     raise RuntimeError(f"the model itself does not run: {error}")
 
@@ -94,7 +94,7 @@ def walk(module: str) -> dict[str, Any]:
         model, x = load(row["model"])
         row["input"] = list(x.shape)
         row.update(judge(model, x, count / 1e6))
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - a row says what failed
         row["error"] = f"{type(error).__name__}: {plain(str(error))[:600]}"
     row["seconds"] = round(time.perf_counter() - start, 1)
     return row

@@ -144,7 +144,7 @@ def _prove(models: list[str], folder: str, answer: Any) -> None:
             sys.modules["mutation_models"] = module
             spec.loader.exec_module(module)
             answer.send(module.seen(models, folder))
-        except Exception as error:  # a fault that keeps the package from being imported is seen, too
+        except Exception as error:  # noqa: BLE001 - a fault that keeps the package from being imported is seen, too
             answer.send(f"{type(error).__name__}: {str(error).strip()[:300]}")
 
 

@@ -63,7 +63,7 @@ def tofu(
             run = _compile_rewritten(gm, outcome, example_inputs, parsed)
         except _NOT_A_FAILURE:
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever fails there falls back
             outcome = _failed(f"{parsed.inner_backend} failed on the rewritten graph: {_told(error)}", parsed, error)
     for message in outcome.warnings:
         warn(message)
@@ -135,7 +135,7 @@ def rewrite(
         raise
     except Unsupported as reason:
         return Outcome(None, f"{NOTHING}{reason}")
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever fails there falls back
         return _failed(f"a pass failed: {_told(error)}", options, error)
 
 

@@ -39,7 +39,7 @@ def shown(value: Any, most: int = MOST) -> str:
         value = value[: 2 * most] + value[-2 * most :]
     try:
         text = repr(value)
-    except Exception:  # a value of the user's: nested too deeply, a number too long to print, or a repr that fails
+    except Exception:  # noqa: BLE001 - a value of the user's: nested too deeply, a number too long to print, or a repr that fails
         text = f"a value of type {type(value).__name__}"
     return printable(shortened(" ".join(text.split()), most))
 

@@ -53,7 +53,8 @@ class Space:
         key = ("features", dim)
         if key not in self._derived:
             self._derived[key] = tuple(Atom(replace(atom.base, kind="feature"), atom.offset, atom.size) for atom in dim)
-        return self._derived[key]
+        features: Dim = self._derived[key]
+        return features
 
     def meet(self, a: Dim, b: Dim) -> None:
         """Note that two dimensions of tensors that both depend on the input stood side by side: they are one axis."""
@@ -88,7 +89,8 @@ class Space:
             base = Base("*".join(atom.base.name for atom in dim), dim_size(dim), kind, symbolic=symbolic)
             self._derived[dim] = Atom(base, 0, base.size)
             self._factors[base] = dim
-        return self._derived[dim]
+        whole: Atom = self._derived[dim]
+        return whole
 
     def factors(self, atom: Atom) -> tuple[int, ...]:
         """The sizes of the axes that were flattened into the base of an atom: height and width of an image's tokens."""
@@ -128,7 +130,8 @@ class Space:
             self._derived[key] = pair
             self._whole_of[pair] = atom  # type: ignore[index]
             self._split_from.update((part.base, atom.base) for part in pair)
-        return self._derived[key]
+        parts: tuple[Atom, Atom] = self._derived[key]
+        return parts
 
     def join(self, dim: Sequence[Atom]) -> Dim:
         """Undo splits: where an outer and its inner part stand side by side they are the whole again."""
@@ -236,4 +239,5 @@ class Space:
                 self._pieces[joined[0].base] = tuple(
                     (atom, size) for atom, (_, size, _) in zip(atoms, parts, strict=True)
                 )
-        return self._derived[key]
+        known: Dim = self._derived[key]
+        return known

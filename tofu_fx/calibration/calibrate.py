@@ -33,7 +33,7 @@ from tofu_fx.plan.records import Calibration, PlanRow
 InnerBackend = Literal["inductor", "aot_eager", "eager"]
 
 
-def calibrate(
+def calibrate(  # noqa: PLR0913 - a user names each of them
     model: Any,
     inputs: Any,
     *,

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, get_args
 
 from torch.fx import Node
 
-from tofu_fx.axes.atoms import Atom, Barrier
+from tofu_fx.axes.atoms import Barrier
 from tofu_fx.axes.tracer import AxisTracer, BarrierRecord
 from tofu_fx.plan.sketch import folds
 from tofu_fx.plan.words import Match
 from tofu_fx.rewrite.context import RewriteContext
-from tofu_fx.rewrite.layout import Count, Emitter
-from tofu_fx.rewrite.reducer import Reducer
+from tofu_fx.rewrite.layout import Emitter
+from tofu_fx.rewrite.reducer import Reducer, Step
 from tofu_fx.sites.residual import next_branch
 from tofu_fx.sites.site import Planned
 
@@ -56,26 +56,15 @@ class Recorder(Reducer):
         """Forget what was written: the graph is written anew."""
         self.rehearsed = []
 
-    def fuse(
-        self,
-        emit: Emitter,
-        site: Planned,
-        run: Atom,
-        x: Node,
-        match: Node,
-        size: Node,
-        gone: Count,
-        seed: int,
-        other: Callable[[str], Node],
-    ) -> Node:
+    def fuse(self, emit: Emitter, step: Step) -> Node:
         """Append the operator, and ahead of it whatever else it could compare tokens by."""
-        metrics = {site.match: match}
+        site, metrics = step.site, {step.site.match: step.match}
         for kind in get_args(Match):
             # On a stream, which has few tokens, matching is a small part of the time: nothing to sketch for.
             if kind != site.match and (kind != "sketch" or (site.placement == "branch" and folds(site.dim) > 1)):
                 with suppress(Barrier):
-                    metrics[kind] = other(kind)
-        fuse = super().fuse(emit, site, run, x, match, size, gone, seed, other)
+                    metrics[kind] = step.other(kind)
+        fuse = super().fuse(emit, step)
         self.rehearsed.append(Rehearsed(site, fuse, metrics))
         return fuse
 

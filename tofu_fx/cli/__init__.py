@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("tofu-fx: interrupted", file=sys.stderr)
         return 130
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - a command ends with a message, not with a traceback
         if args.debug:
             traceback.print_exc()
         else:
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:  # noqa: ARG001 - as warnings.showwarning is called
     """Our own warnings as one line without the place in our source; those of others as Python shows them."""
     if issubclass(category, TofuWarning):
         print(f"tofu-fx: warning: {_line(str(message).removeprefix('tofu_fx: '))}", file=sys.stderr)

@@ -134,7 +134,7 @@ def _processing(name: str) -> Mapping[str, Any]:
     transformers = need("transformers", user=USER)
     try:
         found: Mapping[str, Any] = transformers.ImageProcessingMixin.get_image_processor_dict(name)[0]
-    except Exception:  # none there, or one that means nothing: the model's own numbers are taken
+    except Exception:  # noqa: BLE001 - none there, or one that means nothing: the model's own numbers are taken
         return {}
     return found if isinstance(found, Mapping) else {}
 

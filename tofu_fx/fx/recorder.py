@@ -47,7 +47,7 @@ def record(traced: GraphModule, fakes: Sequence[Any], fake_mode: FakeTensorMode)
             interpreter = _Walk(traced)
             interpreter.recorder, interpreter.regions = recorder, regions
             outputs = interpreter.run(*fakes)
-    except Exception as error:  # make_fx may know better, and says what is wrong with a graph that cannot be run
+    except Exception as error:  # noqa: BLE001 - make_fx may know better, and says what is wrong with a graph that cannot be run
         logger.debug("left to make_fx: %r", error)
         return None
     graph.output(tree_map_only(Tensor, recorder.node_of, outputs))

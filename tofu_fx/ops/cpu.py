@@ -44,7 +44,7 @@ def library() -> ctypes.CDLL | None:
             function = getattr(compiled, name)
             function.argtypes = [_POINTER if kind == "p" else _NUMBER for kind in arguments]
             function.restype = result
-    except Exception as error:  # whatever a compiler may do; nothing is lost but time
+    except Exception as error:  # noqa: BLE001 - whatever a compiler may do; nothing is lost but time
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         logger.info("token operators run on ATen, because their C++ does not compile: %s", reason)
         return None

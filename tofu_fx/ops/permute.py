@@ -51,7 +51,7 @@ def permute_tokens(
 
 
 @permute_tokens.register_fake
-def _(x: Tensor, size: Tensor, seed: int, num_prefix: int, num_suffix: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(x: Tensor, size: Tensor, seed: int, num_prefix: int, num_suffix: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # noqa: ARG001 - as the operator is called
     check_stream("permute_tokens", x, size)
     if isinstance(x.shape[1], int):
         check_protected("permute_tokens", x.shape[1], num_prefix, num_suffix)
@@ -71,7 +71,7 @@ def _shuffle(batch: int, free: int, seed: int, device: torch.device) -> Tensor:
     return torch.sort(mix(key), dim=1, stable=True).indices
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:  # noqa: ARG001 - as autograd calls it
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[2])

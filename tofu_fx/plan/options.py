@@ -178,7 +178,7 @@ class Options(BaseModel):
             PlanError: the plan cannot be read.
         """
         if isinstance(options, Options):
-            return options._with_plan()
+            return options.with_plan()
         if not isinstance(options, Mapping | None):
             raise OptionError(f"options: expected a dict of options by their names, got {shown(options)}")
         values = dict(options or {})
@@ -195,9 +195,9 @@ class Options(BaseModel):
             raise OptionError("; ".join(dict.fromkeys(wrong)))
         if parsed.mode is not None:
             _check_mode(parsed.mode)
-        return parsed._with_plan()
+        return parsed.with_plan()
 
-    def _with_plan(self) -> Options:
+    def with_plan(self) -> Options:
         """The same options with the plan itself: what was given may be its path, or its dict."""
         if self.plan is None or isinstance(self.plan, Plan):
             return self

@@ -177,7 +177,7 @@ def _draw_linearity(axes: Any, steps: Sequence[Step], calibration: Calibration |
     axes.set_ylabel("linearity (1: linear)")
 
 
-def _draw_tokens(axes: Any, steps: Sequence[Step], calibration: Calibration | None) -> None:
+def _draw_tokens(axes: Any, steps: Sequence[Step], calibration: Calibration | None) -> None:  # noqa: ARG001 - as every panel is drawn
     streams: dict[Hashable, list[int]] = {}
     for place, step in enumerate(steps):
         streams.setdefault(stream_of(step.row, place), []).append(place)

@@ -161,7 +161,7 @@ class Sweep:
         return value
 
 
-def sweep(
+def sweep(  # noqa: PLR0913 - a user names each of them
     model: Any,
     inputs: Any,
     *,

@@ -14,7 +14,8 @@ import torch
 from torch.fx import Node
 
 from tofu_fx.axes.atoms import Axes, Dim, dim_size
-from tofu_fx.axes.rules.table import find_rule, pointwise
+from tofu_fx.axes.rules.pointwise import pointwise
+from tofu_fx.axes.rules.table import find_rule
 from tofu_fx.axes.tracer import AxisTracer
 from tofu_fx.fx.nodes import argument, is_op, tensor_inputs
 from tofu_fx.fx.op_families import ADDED_PRODUCTS, EXPANSIONS, MATRIX_PRODUCTS

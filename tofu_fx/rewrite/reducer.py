@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -13,6 +14,26 @@ from tofu_fx.axes.tracer import BarrierRecord
 from tofu_fx.rewrite.context import RewriteContext
 from tofu_fx.rewrite.layout import Count, Emitter
 from tofu_fx.sites.site import Planned
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is to be written at one site.
+
+    ``gone`` of the tokens of ``x`` ``[B, N, C]`` go, compared by ``match`` ``[B, N, M]``; ``run`` are the stream's
+    tokens, of which some are protected, ``size`` ``[B, N]`` is how many original tokens each stands for, and ``seed``
+    is another number for each step of the graph. ``other`` appends what tokens could be compared by instead, from its
+    name; it raises Barrier where it cannot.
+    """
+
+    site: Planned
+    run: Atom
+    x: Node
+    match: Node
+    size: Node
+    gone: Count
+    seed: int
+    other: Callable[[str], Node]
 
 
 class Reducer:
@@ -27,34 +48,11 @@ class Reducer:
     def begin(self) -> None:
         """Forget what was written: the graph is written anew."""
 
-    def fuse(
-        self,
-        emit: Emitter,
-        site: Planned,
-        run: Atom,
-        x: Node,
-        match: Node,
-        size: Node,
-        gone: Count,
-        seed: int,
-        other: Callable[[str], Node],
-    ) -> Node:
-        """Append the operator that takes ``gone`` of the tokens of ``x`` ``[B, N, C]`` away.
-
-        Args:
-            emit: the graph that is written.
-            site: what was decided.
-            run: the stream's tokens, of which some are protected.
-            x: the tokens.
-            match: what they are compared by, ``[B, N, M]``.
-            size: how many original tokens each stands for, ``[B, N]``.
-            gone: how many go.
-            seed: another number for each reduction of the graph.
-            other: appends what tokens could be compared by instead, from its name; raises Barrier where it cannot.
-        """
-        grid = [list(site.cells)] if site.cells else []
-        target, ends = torch.ops.tofu.fuse_tokens.default, (run.lead, run.tail)
-        new: Node = emit.call(target, x, match, size, gone, site.strategy, *ends, *grid)
+    def fuse(self, emit: Emitter, step: Step) -> Node:
+        """Append the operator of a step."""
+        grid, ends = [list(step.site.cells)] if step.site.cells else [], (step.run.lead, step.run.tail)
+        target, strategy = torch.ops.tofu.fuse_tokens.default, step.site.strategy
+        new: Node = emit.call(target, step.x, step.match, step.size, step.gone, strategy, *ends, *grid)
         return new
 
     def strategy(self, site: Planned) -> str:

@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from tofu_fx.axes.atoms import Barrier, token_atoms
 from tofu_fx.rewrite.layout import Count, Layout
-from tofu_fx.rewrite.reducer import Reducer
+from tofu_fx.rewrite.reducer import Reducer, Step
 from tofu_fx.rewrite.rewriter import Rewriter
 from tofu_fx.rewrite.similarity import Similarity, batch_of
 from tofu_fx.rewrite.versions import Stream, Version
@@ -76,7 +76,7 @@ class Reductions:
         match = similarity.node(site.match if own else "features")
 
         def write(size: Node, gone: Count) -> Node:
-            return self.reducer.fuse(emit, site, run, x, match, size, gone, seed, similarity.node)
+            return self.reducer.fuse(emit, Step(site, run, x, match, size, gone, seed, similarity.node))
 
         additive = node in self.rewriter.chain
         return stream.reduce(emit, x, write, self.reducer.strategy(site), count, additive)

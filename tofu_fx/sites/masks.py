@@ -159,7 +159,7 @@ class Masks:
                 if all(before.is_still(tensor) for before, tensor in zip(noted, now, strict=True)):
                     return True
                 again = copy.copy(self)
-                again.example_inputs, again._judged = args, {}
+                again.example_inputs, again._judged = args, {}  # noqa: SLF001 - a copy of itself
                 if _ORDER.index(again.judge(attention, tokens, ahead)) > _ORDER.index(hides):
                     return False
                 noted[:] = map(_Held.of, now)

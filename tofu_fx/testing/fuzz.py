@@ -63,7 +63,7 @@ def check(case: Case) -> Verdict:
             # A class token that is read behind the last attention does not see the tokens that went there.
             said = [failure for failure in proofs.failures if not failure.startswith("nothing")]
             failure = said[0] if said else _compiled(case, model, inputs, plain, proofs)
-        except Exception as error:  # whatever it is: it is reported as the failure of this case
+        except Exception as error:  # noqa: BLE001 - whatever it is: it is reported as the failure of this case
             return Verdict(f"crash {type(error).__name__}: {str(error).strip()[:600]}")
     matched = len(proofs.matched)
     return Verdict(

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch.fx import Node
 
-from tofu_fx.axes.atoms import Atom
-from tofu_fx.rewrite.layout import Count, Emitter
-from tofu_fx.rewrite.reducer import Reducer
+from tofu_fx.rewrite.layout import Emitter
+from tofu_fx.rewrite.reducer import Reducer, Step
 from tofu_fx.sites.site import Planned
 
 
@@ -19,22 +17,12 @@ class Shuffler(Reducer):
 
     everywhere: ClassVar[bool] = True
 
-    def fuse(
-        self,
-        emit: Emitter,
-        site: Planned,
-        run: Atom,
-        x: Node,
-        match: Node,
-        size: Node,
-        gone: Count,
-        seed: int,
-        other: Callable[[str], Node],
-    ) -> Node:
+    def fuse(self, emit: Emitter, step: Step) -> Node:
         """Append the operator that shuffles, see `tofu::permute_tokens`."""
-        new: Node = emit.call(torch.ops.tofu.permute_tokens.default, x, size, seed, run.lead, run.tail)
+        ends = step.run.lead, step.run.tail
+        new: Node = emit.call(torch.ops.tofu.permute_tokens.default, step.x, step.size, step.seed, *ends)
         return new
 
-    def strategy(self, site: Planned) -> str:
+    def strategy(self, site: Planned) -> str:  # noqa: ARG002 - as it is asked
         """Features follow their tokens: none is merged."""
         return "prune"

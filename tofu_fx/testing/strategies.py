@@ -33,7 +33,7 @@ class DrawnTransformer:
     model: Transformer = field(repr=False, compare=False)
     inputs: tuple[Tensor, ...] = field(repr=False, compare=False)
 
-    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # noqa: ARG002 - as hypothesis calls it
         printer.text(f"made({self.spec}, {self.batch}, {self.seed})")
 
 

@@ -41,7 +41,7 @@ def factory(known: Known, node: Node) -> Dropped:
     return Dropped(known.space.fresh_axes(node.name, node.meta["val"].shape))
 
 
-def no_output(known: Known, node: Node) -> Dropped:
+def no_output(known: Known, node: Node) -> Dropped:  # noqa: ARG001 - a rule is asked with both
     """Checks of dtype and device: nothing comes out."""
     return Dropped(())
 
