@@ -39,7 +39,7 @@ SMALL = re.compile("femto|atto|pico|nano|xtiny|xs|tiny|mini|_[stbmf]0|s1[28]|18|
 BIG = re.compile("base|large|huge|giant|gigantic|xl|_l|_b[4-7]|so400m|384|448|512|1024")
 #: how many models of a file are built (without memory) to find the smallest
 CANDIDATES = 30
-#: with three stages of stride 2 behind a patch of 4, there are still 4 x 4 tokens in the last one
+#: with three stages of stride 2 after a patch of 4, there are still 4 x 4 tokens in the last one
 SIDE = 128
 
 

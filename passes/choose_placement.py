@@ -1,6 +1,6 @@
 """Choose for each site where its tokens become fewer: on the residual stream, or in the branches of its block.
 
-    x ----------------+            the residual add behind an attention is where a stream may shrink;
+    x ----------------+            the residual add after an attention is where a stream may shrink;
     norm-attention-proj-(+) = y    everything computed from y then works on fewer tokens, up to a barrier
 
 Before: a site is found. After: it is placed, or declined because it has no place, or shares it with another site.

@@ -29,7 +29,7 @@ _LINEAR = "linear attention: it sums over all tokens once and compares no two, s
 _MASKED = {
     "later": "causal attention: a token must not see what is merged into it from later ones",
     "pairs": "the mask lets each token see some others only: of a merged token it would see more",
-    "unseen": "what the mask hides cannot be seen while compiling, or hangs on an input: it may be causal",
+    "unseen": "what the mask hides cannot be seen while compiling, or depends on an input: it may be causal",
     "far": f"the mask is made by more than the {MOST_OF_A_MASK} nodes that are followed: it may be causal",
 }
 

@@ -139,11 +139,11 @@ def _slice_literals(tracer: AxisTracer, node: Node) -> None:
     if not _has(axes[dim]):
         return
     atom = axes[dim][0]
-    # Places that were counted from the end are counted from the front first: -16 of 17 tokens is behind the first one.
+    # Places that were counted from the end are counted from the front first: -16 of 17 tokens is after the first one.
     bounds = (argument(node, name) for name in ("start", "end"))
     start, stop, _ = slice(*(None if bound is None else hint(bound) for bound in bounds)).indices(atom.size)
     last = atom.size - atom.tail
-    # An empty slice starts behind all that there are.
+    # An empty slice starts after all that there are.
     set_argument(node, "start", _END if start >= atom.size else start if start <= atom.lead else start - atom.size)
     set_argument(node, "end", _END if stop >= atom.size else stop if stop < last else stop - atom.size)
 

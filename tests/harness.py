@@ -27,6 +27,6 @@ __all__ = [
 
 
 def compiled(model: Any, **options: Any) -> Any:
-    """The model through the backend, lowered to eager, failing aloud."""
+    """The model through the backend, lowered to eager, raising where a pass fails."""
     torch._dynamo.reset()
     return torch.compile(model, backend="tofu", options={**EAGER, **options})

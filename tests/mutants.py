@@ -97,7 +97,7 @@ MUTANTS = (
     # ---- what a token weighs
     Mutant("log2 for log", "tofu_fx/rewrite/versions.py", "aten.log.default", "aten.log2.default", ("mean",),
         REFERENCE),
-    Mutant("no log(size) behind the first reduction", "tofu_fx/rewrite/weights.py",
+    Mutant("no log(size) after the first reduction", "tofu_fx/rewrite/weights.py",
         "if stream is None or version == 0:", "if stream is None or version <= 1:", ("mean",),
         REFERENCE),
     Mutant("no log(size) beside an additive mask", "tofu_fx/rewrite/weights.py",

@@ -40,7 +40,7 @@ def enclosing_call() -> Call | None:
 
 
 def frame_id() -> int | None:
-    """A number for the function, or the part of it behind a graph break, that is being compiled."""
+    """A number for the function, or the part of it after a graph break, that is being compiled."""
     compile_id = torch._guards.CompileContext.current_compile_id()
     return None if compile_id is None else compile_id.frame_id
 

@@ -67,7 +67,7 @@ def run_pipeline(
     Args:
         gm: a graph from Dynamo, with fake example values on its placeholders.
         options: parsed options.
-        example_inputs: what the graph is called with first, from Dynamo; attention behind a mask is declined without.
+        example_inputs: what the graph is called with first, from Dynamo; masked attention is declined without.
         shared_kernels: make token counts inputs of the rewritten graph (see ``tofu_fx.rewrite.token_count_inputs``).
         reducer: how reductions are written, where that is not the usual way.
         lowered: what :func:`lower` made of this graph; it stays as it is.

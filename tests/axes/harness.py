@@ -130,7 +130,7 @@ def traced_block(layout: str) -> GraphModule:
 
 
 class Compiled:
-    """A row behind a block that loses two tokens of each sample: what the compiler made of it.
+    """A row after a block that loses two tokens of each sample: what the compiler made of it.
 
     The graph gives what the op gives, its mean over the tokens, and if it can that of the tokens with it added.
     """
@@ -149,7 +149,7 @@ class Compiled:
         graph.output(_appended(graph, root, second, {next(iter(second.graph.nodes)): out}))
         behind = list(graph.nodes)[list(graph.nodes).index(last) + 1 : -1]
         result = graph.output_node().args[0][0]  # type: ignore[index]
-        #: the nodes of the op (those of the mean stand behind its result), and the names of what they call
+        #: the nodes of the op (those of the mean stand after its result), and the names of what they call
         self.nodes = behind[: behind.index(result) + 1] if result in behind else []
         self.called = {getattr(node.target, "__name__", "").split(".")[0] for node in self.nodes}
         respell(graph)  # what lower_to_aten does beside tracing
@@ -178,7 +178,7 @@ class Compiled:
     def is_right(self) -> bool:
         """Whether the rewritten graph gives what the plain one gives for tokens of which some are copies of others.
 
-        An op that reads tables by place tells the copies apart: then it gives what one of each pair gives.
+        An op that reads tables by place distinguishes the copies: then it gives what one of each pair gives.
         """
         x, layout = copies(X), self.row.layout
         given, stream = self.compilation.gm(x), block(x, layout)

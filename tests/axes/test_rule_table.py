@@ -2,7 +2,7 @@
 
 Three things that do not know of each other. The table is written by hand. The truth is the op itself on fewer tokens
 against the op on all of them, in plain torch, other tokens being copies of each other in each sample. The compiler runs
-its passes on a block with the op behind it, and what it makes of that runs on such copies as well.
+its passes on a block with the op after it, and what it makes of that runs on such copies as well.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def test_graphs_whose_sites_have_one_name_are_refused() -> None:
                 x = block(x[:, : 20 - 8 * number])
             return x.mean(1)
 
-    with pytest.raises(CalibrationError, match="could not be told apart; find the break"):
+    with pytest.raises(CalibrationError, match="could not be distinguished; find the break"):
         tofu_fx.calibrate(Narrowing().eval(), torch.randn(2, 20, 16), **QUICK)
 
 
@@ -221,7 +221,7 @@ def test_plan_of_another_version_says_so(content: dict[str, Any]) -> None:
 
 def test_plan_of_another_model_names_the_first_difference(model: nn.Module, content: dict[str, Any]) -> None:
     other = tofu_fx.explain(randomise(ZOO["deit"].model()), X, options={"r": 4}).plan
-    assert _use(model, other).matched == 3  # the same sites: nothing tells them apart, and nothing goes wrong
+    assert _use(model, other).matched == 3  # the same sites: nothing distinguishes them, and nothing goes wrong
     narrow = Plan(sites=[row.model_copy(update={"dim": 24}) for row in Plan.load(content).sites])
     with pytest.raises(PlanError, match="another model: site 0 has dim 48 in the graph, 24 in the plan"):
         _use(model, narrow)

@@ -1,4 +1,4 @@
-"""Inputs that the model itself refuses are named; failures that are ours are not put down to it."""
+"""Inputs that the model itself refuses are named; failures that are ours are not attributed to it."""
 
 from __future__ import annotations
 

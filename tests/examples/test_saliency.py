@@ -114,7 +114,7 @@ def test_literals_recomputed_keep_the_bits_and_shuffled_tokens_the_map(model: An
 
 @torch.no_grad()
 def test_map_equals_that_of_reductions_written_by_hand(model: Any, images: Tensor) -> None:
-    # In float64, so that only the choice of tokens, which the op makes in float32, could tell the two apart.
+    # In float64, so that only the choice of tokens, which the op makes in float32, could distinguish the two.
     wide, x = example("saliency_model").load_model().double(), images[:1].double()
     maps = compiled(wide, r=R, strategy="mlerp")(x)
     torch.testing.assert_close(maps, reduced_by_hand(wide, x, R, "mlerp"), rtol=0, atol=1e-6)

@@ -161,7 +161,7 @@ def test_autocast_region_inside_the_model(make: Callable[[], nn.Module]) -> None
 
 
 class CastAhead(nn.Module):
-    """Blocks and norm in a region; what needs whole tokens lies behind it."""
+    """Blocks and norm in a region; what needs whole tokens lies after it."""
 
     def __init__(self) -> None:
         super().__init__()

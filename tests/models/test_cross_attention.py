@@ -97,7 +97,7 @@ def _reduced(model: nn.Module, inputs: tuple[Tensor, ...], **options: Any) -> tu
 @pytest.mark.parametrize(
     ("spelling", "causal"),
     [(name, False) for name in ("fused", "where", "keys ahead")]
-    + [(name, True) for name in ("fused", "behind the softmax")],
+    + [(name, True) for name in ("fused", "after the softmax")],
 )
 def test_text_that_is_reduced_itself_reads_a_reduced_image(spelling: str, causal: bool) -> None:
     model = randomise(Reader(ATTEND.get(spelling, _numbers), causal))

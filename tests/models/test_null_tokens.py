@@ -16,7 +16,7 @@ N, DEPTH = 18, 2
 
 
 class NullAttention(nn.Module):
-    """Attention whose keys have learnt tokens in front of and behind the queries' own."""
+    """Attention whose keys have learnt tokens in front of and after the queries' own."""
 
     def __init__(self, front: int, back: int, fused: bool) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Model(nn.Module):
 
 KINDS: dict[str, Any] = {
     "one in front, fused": lambda: NullAttention(1, 0, fused=True),
-    "two behind, written": lambda: NullAttention(0, 2, fused=False),
+    "two after, written": lambda: NullAttention(0, 2, fused=False),
     "both ends, fused": lambda: NullAttention(1, 2, fused=True),
     "add_bias_kv": lambda: MultiheadNull(add_bias_kv=True),
     "add_zero_attn": lambda: MultiheadNull(add_zero_attn=True),

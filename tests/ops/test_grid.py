@@ -89,7 +89,7 @@ def cases(draw: st.DrawFn, exact: bool = False) -> Case:
 
 
 def image(height: int, width: int, strategy: str = "mean", r: int = 0, seed: int = 0, batch: int = 2) -> Case:
-    """One image of random tokens behind a class token."""
+    """One image of random tokens after a class token."""
     generator = torch.Generator().manual_seed(height * 100 + width)
     x = torch.randn(batch, 1 + height * width, 6, generator=generator)
     metric = torch.randn(batch, 1 + height * width, 8, generator=generator)

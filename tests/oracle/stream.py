@@ -1,7 +1,7 @@
 """Token reduction in eager mode, written from the formulas: what a reduced model must compute.
 
 `Reducer` does by hand, around an ordinary forward, what the compiler does in the graph: match on the keys averaged over
-heads, fuse behind the attention's residual add, add log(size) to later logits, weigh means by size, pick the surviving
+heads, fuse after the attention's residual add, add log(size) to later logits, weigh means by size, pick the surviving
 tokens' rows of position tables and masks, and restore whole tokens at the end. `reference_vit` is a forward of timm's
 VisionTransformer with it. Nothing here comes from the package under test.
 """
@@ -47,7 +47,7 @@ class Reducer:
         self.margin = float("inf")
 
     def reduce(self, x: Tensor, keys: Tensor) -> Tensor:
-        """The next site: x ``[B, N, C]`` behind the residual add, keys ``[B, H, N, D]`` of that attention."""
+        """The next site: x ``[B, N, C]`` after the residual add, keys ``[B, H, N, D]`` of that attention."""
         strategy, r = self.rows[len(self.steps)]
         batch, tokens, _ = x.shape
         metric = keys.mean(1)
@@ -85,7 +85,7 @@ class Reducer:
         return scores + self.size.log()[:, None, None, :]
 
     def mean(self, x: Tensor, prefix: int = 0) -> Tensor:
-        """Mean over the tokens behind ``prefix``, each counted as often as the tokens that it stands for."""
+        """Mean over the tokens after ``prefix``, each counted as often as the tokens that it stands for."""
         x = x[:, prefix:]
         if self.size is None:
             return x.mean(1)

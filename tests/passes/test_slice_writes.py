@@ -84,7 +84,7 @@ def broadcast(x: Tensor) -> Tensor:
 
 WRITTEN: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "every second feature": (rotated, 0),
-    "behind a prefix": (behind_a_prefix, 0),
+    "after a prefix": (behind_a_prefix, 0),
     "a part of a part": (nested, 0),
     "through a view of its own": (permuted, 0),
     "the caller's tensor": (of_the_input, 1),

@@ -29,7 +29,7 @@ def _no_grad() -> Any:
 
 
 def told(model: nn.Module, x: Tensor, **options: Any) -> tuple[Tensor, list[str]]:
-    """The outputs, and what is said aloud."""
+    """The outputs, and what is reported as a warning."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         outputs = compiled(model, **options)(x)

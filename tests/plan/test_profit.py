@@ -57,7 +57,7 @@ def test_every_site_of_a_real_vit_pays() -> None:
 
 
 def test_sites_behind_a_declined_one_keep_their_own_r(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Nothing is gained behind the last site, whose tokens meet one small MLP only.
+    # Nothing is gained after the last site, whose tokens meet one small MLP only.
     monkeypatch.setattr(profit, "unprofitable", lambda sites, tracer, graph: [sites[1]])
     monkeypatch.setattr("tofu_fx.passes.decline_unprofitable.unprofitable", profit.unprofitable)
     explained = _explained("vit", r=4)

@@ -37,7 +37,7 @@ def specs(draw: st.DrawFn) -> Spec:
         prefix=max(prefix, 1) if pooling == "class" else prefix,
         suffix=draw(st.integers(0, 2)) if pooling in ("class", "tokens") else 0,
         pooling=pooling,
-        # Behind a view whole tokens are restored as copies, which the reference does for post-norm only.
+        # After a view whole tokens are restored as copies, which the reference does for post-norm only.
         alias=draw(st.sampled_from(["none", "clone", "slice"] + ([] if whole else ["view_as", "detach", "identity"]))),
         reshape="none" if whole else draw(st.sampled_from(["none", "flatten", "features", "swap"])),
         in_place=draw(flags),

@@ -49,7 +49,7 @@ def swept() -> Sweep:
 
 @pytest.fixture
 def one_schedule(monkeypatch: pytest.MonkeyPatch) -> str:
-    """Leaves one of the uniform schedules: what is asked of a sweep then does not hang on how many there are."""
+    """Leaves one of the uniform schedules: what is asked of a sweep then does not depend on how many there are."""
     for name in [name for name in UNIFORM if name != "uniform mean"]:
         monkeypatch.delitem(UNIFORM, name)  # type: ignore[arg-type]
     return "uniform mean"

@@ -31,11 +31,11 @@ class TwoInputs(nn.Module):
         self.scores = nn.Linear(DIM, 1)
 
     def branch(self, i: int, x: Tensor) -> Tensor:
-        """Attention behind a norm."""
+        """Attention after a norm."""
         return self.attention[i](self.norms[2 * i](x))
 
     def wide(self, i: int, x: Tensor) -> Tensor:
-        """MLP behind a norm."""
+        """MLP after a norm."""
         return self.mlps[i](self.norms[2 * i + 1](x))
 
     def forward(self, x: Tensor, c: Tensor) -> Any:

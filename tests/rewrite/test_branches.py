@@ -93,7 +93,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Patches behind ``lead`` tokens of their own; what is returned is chosen by ``out``."""
+    """Patches after ``lead`` tokens of their own; what is returned is chosen by ``out``."""
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ def reference(
     model: ViT, x: Tensor, branches: Sequence[str] = ("attention",), r: int = R, strategy: str = "mean",
     reuse: str = "block",
 ) -> list[Tensor]:  # fmt: skip
-    """The residual stream behind each block, with each block's branches on merged tokens."""
+    """The residual stream after each block, with each block's branches on merged tokens."""
     x, found = model.tokens(x), []
     step: Step | None = None
     for block in model.blocks:

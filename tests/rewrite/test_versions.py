@@ -95,7 +95,7 @@ def test_older_features_are_merged_as_the_stream_was_and_flags_follow_the_surviv
     torch.testing.assert_close(turned.transpose(0, 1), merged)
 
 
-#: null tokens that only the keys have, ahead and behind; protected tokens that only the stream has
+#: null tokens that only the keys have, ahead and after; protected tokens that only the stream has
 AROUND = [(LEAD + 2, TAIL), (LEAD, TAIL + 1), (LEAD + 1, TAIL + 2), (0, TAIL), (LEAD, 0), (0, TAIL + 3), (LEAD + 2, 1)]
 
 

@@ -40,7 +40,7 @@ def _dropped_bias(model: Any, x: Tensor) -> Tensor:
 
 CAUSAL: dict[str, Callable[..., Tensor]] = {
     "row by row": _filled_by_rows,
-    "around a learnt bias behind dropout": _dropped_bias,
+    "around a learnt bias after dropout": _dropped_bias,
     "a product": lambda m, x: (
         torch.einsum("i,j->ij", m.places[0, : x.shape[1]] * 0 + 1, torch.ones(x.shape[1]).long()).tril().bool()
     ),
@@ -99,7 +99,7 @@ def test_mask_that_an_input_may_make_causal_in_another_call_is_declined(first: T
         return torch.where(causal, CAUSAL["a buffer"](m, x), torch.ones(N, N, dtype=torch.bool))
 
     (reason,) = reasons(randomise(Masked(chosen)), sample(), first)
-    assert "hangs on an input" in reason
+    assert "depends on an input" in reason
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Where a stream may shrink: the residual add behind an attention, held by value, and the tokens that are protected."""
+"""Where a stream may shrink: the residual add after an attention, held by value, and the tokens that are protected."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ PROTECTED: dict[str, tuple[Callable[[Model, Tensor], Any], tuple[int, int]]] = {
     "two are cut off in front": (lambda m, x: block(m, x)[:, 2:].mean(1) + block(m, x)[:, :2].sum(1), (2, 0)),
     "class token, and the last one read": (lambda m, x: block(m, with_token(m, x))[:, -1], (1, 1)),
     "the middle is read": (lambda m, x: block(m, x)[:, N // 2], (0, 0)),
-    "a class token joined behind": (
+    "a class token joined after": (
         lambda m, x: block(m, torch.cat([x, m.token.expand(B, -1, -1)], 1))[:, -1],
         (0, 1),
     ),

@@ -39,7 +39,7 @@ def test_copies_merge_without_loss_in_any_transformer(drawn: DrawnTransformer) -
 
 
 class Behind(nn.Module):
-    """A vision transformer of timm from behind its embeddings on."""
+    """A vision transformer of timm from after its embeddings on."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -60,7 +60,7 @@ def facts(stage: Any) -> dict[str, Any]:
 
 
 def step_by_step(drawn: DrawnTransformer, r: int = 2) -> Compilation:
-    """Run the passes one by one over a transformer's graph, and check the graph behind each."""
+    """Run the passes one by one over a transformer's graph, and check the graph after each."""
     with torch.no_grad():
         gm, inputs = capture(drawn.model, *drawn.inputs)
         traced, expected = copy_graph(gm.graph), gm(*inputs)
@@ -71,7 +71,7 @@ def step_by_step(drawn: DrawnTransformer, r: int = 2) -> Compilation:
             made = run(stage)
             assert facts(stage) == known, f"{run.__name__} changes facts that it did not make"
             stage, graph = made, made.gm.graph
-            # Lowering leaves dead code in the code of its graph, which the pass behind it writes anew.
+            # Lowering leaves dead code in the code of its graph, which the pass after it writes anew.
             well_formed(stage.gm, recompiled=run.__name__ != "lower_to_aten")
             check_spec(stage.gm, len(inputs))
             if run.__name__ not in (*EXACT, *REDUCING):
@@ -100,7 +100,7 @@ def test_passes_keep_graphs_well_formed_and_change_only_what_they_may(drawn: Dra
 @given(drawn=transformers())
 def test_identity_permutation_and_meaning_hold_for_any_transformer(drawn: DrawnTransformer) -> None:
     proofs = prove(drawn.model, *drawn.inputs)
-    # A class token that is read behind the last attention does not see the tokens that went there.
+    # A class token that is read after the last attention does not see the tokens that went there.
     assert not [said for said in proofs.failures if not said.startswith("nothing")], proofs.failures
     event(f"{len(proofs.matched)} of {len(proofs.sites)} sites matched")
 

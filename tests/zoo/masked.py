@@ -1,4 +1,4 @@
-"""Transformers behind a mask, in every spelling of masked attention."""
+"""Masked transformers, in every spelling of masked attention."""
 
 from __future__ import annotations
 
@@ -74,16 +74,16 @@ ATTEND: dict[str, Attend] = {
     "keys ahead": _einsum_keys_ahead,
     "subtracted": lambda q, k, v, mask: (_scores(q, k) - 1e4 * (1 - mask.float())).softmax(-1) @ v,
     "added with alpha": lambda q, k, v, mask: torch.add(_scores(q, k), 1 - mask.float(), alpha=-1e9).softmax(-1) @ v,
-    "scaled behind it": lambda q, k, v, mask: ((_scores(q, k) + (mask.float() - 1) * 50) * 20).softmax(-1) @ v,
+    "scaled after it": lambda q, k, v, mask: ((_scores(q, k) + (mask.float() - 1) * 50) * 20).softmax(-1) @ v,
     "a logarithm": lambda q, k, v, mask: (_scores(q, k) + mask.float().clamp(1e-30).log()).softmax(-1) @ v,
     "the smaller of two": lambda q, k, v, mask: torch.minimum(_scores(q, k), mask * 2e9 - 1e9).softmax(-1) @ v,
-    "behind the softmax": _behind_softmax,
+    "after the softmax": _behind_softmax,
     "batch and heads in one": _flattened,
 }
 
 
 class Masked(nn.Module):
-    """Pre-norm blocks behind one mask: ``make(model, x, *inputs)`` gives it, true where a query sees a key."""
+    """Pre-norm blocks under one mask: ``make(model, x, *inputs)`` gives it, true where a query sees a key."""
 
     def __init__(self, make: Callable[..., Tensor], attend: Attend = _fused) -> None:
         super().__init__()
@@ -117,5 +117,5 @@ def reasons(model: nn.Module, *inputs: Tensor) -> set[str]:
 
 
 def are_there(lengths: list[int], tokens: int = N) -> Tensor:
-    """Flags ``[B, tokens]`` for samples of these lengths, padded behind."""
+    """Flags ``[B, tokens]`` for samples of these lengths, padded after."""
     return torch.arange(tokens)[None] < torch.tensor(lengths)[:, None]

@@ -150,7 +150,7 @@ class FusedGroupedQueryAttention(nn.Module):
 
 
 class TalkingHeads(Attention):
-    """Heads are mixed ahead of the softmax and behind it."""
+    """Heads are mixed ahead of the softmax and after it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -257,7 +257,7 @@ class ParallelBlock(Block):
 
 
 class SandwichBlock(Block):
-    """Each branch is normed ahead and behind."""
+    """Each branch is normed ahead and after."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -282,7 +282,7 @@ class CrossBlock(Block):
 
 
 class Stack(nn.Module):
-    """Blocks one behind the other, then the mean of the tokens."""
+    """Blocks one after the other, then the mean of the tokens."""
 
     def __init__(self, block: Callable[[], nn.Module] = Block, depth: int = DEPTH) -> None:
         super().__init__()
@@ -355,7 +355,7 @@ class TorchTransformer(nn.Module):
 
 
 class DetectionTokens(Stack):
-    """Learnt tokens behind the others, which alone are read (YOLOS)."""
+    """Learnt tokens after the others, which alone are read (YOLOS)."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -22,7 +22,7 @@ POOLED = ("attention pooling",)
 CHANNELS = ("attention between channels",)
 #: a second attention whose branch is added together with another's
 SHARED = ("same residual add",)
-#: attention and MLP are added at once, so behind the last block's there is only the pooling
+#: attention and MLP are added at once, so after the last block's there is only the pooling
 LAST = ("nothing is computed",)
 LINEAR = ("linear attention",)
 #: windows, or tokens in two dims of the stream

@@ -62,7 +62,7 @@ def read_batches(inputs: Any, batch_size: int, model: Any = None) -> list[Batch]
 
     A tensor, tuple or dict is one call's arguments; anything else is gone through once, and each item is a batch. An
     item that is a list or tuple loses its labels: what the model's ``forward`` has no parameter for, and one whole
-    number for each sample that it does not ask for (that it has a default for); the latter is said aloud.
+    number for each sample that it does not ask for (that it has a default for); the latter is reported as a warning.
 
     Raises:
         CalibrationError: no batches, a batch that is no tensor, tuple or dict, or batches of different shapes.

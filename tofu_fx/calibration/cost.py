@@ -1,8 +1,8 @@
 """What a plan costs: operations and bytes from the graph, and seconds fitted to a few measured forward passes.
 
 The rewritten graph's shapes are expressions of its token counts, so the cost of any plan is an expression too. A node
-whose shapes hang on one count belongs to the segment behind that site; hence the cost of a plan is (all but) a sum over
-sites of functions of one count each, which is what the planner's search needs.
+whose shapes depend on one count belongs to the segment after that site; hence the cost of a plan is (all but) a sum
+over sites of functions of one count each, which is what the planner's search needs.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from tofu_fx.calibration.rehearsal import Choices, Rehearsal
 from tofu_fx.calibration.sensitivity import free_tokens
 from tofu_fx.plan.flops import matching_flops, node_bytes, node_flops
 
-#: token counts behind a site, or one of them
+#: token counts after a site, or one of them
 Counts = numpy.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
 class Expression:
-    """A cost as a function of the token counts behind each site of one graph."""
+    """A cost as a function of the token counts after each site of one graph."""
 
     symbols: tuple[sympy.Symbol, ...]
     parts: Mapping[frozenset[sympy.Symbol], sympy.Expr]
@@ -39,7 +39,7 @@ class Expression:
         placeholders = graph.find_nodes(op="placeholder")[-len(rehearsal.sites) :]
         symbols = tuple(node.meta["val"].node.expr for node in placeholders)
         parts: dict[frozenset[sympy.Symbol], Any] = defaultdict(lambda: sympy.Integer(0))
-        matching = {entry.fuse for entry in rehearsal.sites}  # hangs on what is compared: see CostModel
+        matching = {entry.fuse for entry in rehearsal.sites}  # depends on what is compared: see CostModel
         for node in rehearsal.needed():
             if node in matching:
                 continue
@@ -49,7 +49,7 @@ class Expression:
 
     @cached_property
     def fixed(self) -> float:
-        """What does not hang on any count."""
+        """What does not depend on any count."""
         return float(self.parts.get(frozenset(), 0))
 
     def total(self, counts: Sequence[int]) -> float:
@@ -58,9 +58,9 @@ class Expression:
         return self.fixed + sum(float(self._functions[key](*[values[s] for s in order])) for key, order in self._order)
 
     def segment(self, site: int, counts: Counts) -> Counts:
-        """The cost behind one site, for an array of counts there.
+        """The cost after one site, for an array of counts there.
 
-        What hangs on several counts (which is rare) is put down to the last of the sites, as if all had its count.
+        What depends on several counts (which is rare) is attributed to the last of the sites, as if all had its count.
         """
         value = numpy.zeros(len(counts))
         for key, order in self._order:
@@ -122,7 +122,7 @@ class CostModel:
         return sum(weight * value for weight, value in zip(weights, self.features(choices), strict=True))
 
     def segment(self, site: int, counts: Counts) -> Counts:
-        """The cost behind one site, for an array of counts there."""
+        """The cost after one site, for an array of counts there."""
         return self.per_flop * self.flops.segment(site, counts) + self.per_byte * self.bytes.segment(site, counts)
 
     def reduction(self, site: int, match: str, arriving: int) -> float:

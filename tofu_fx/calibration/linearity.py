@@ -1,4 +1,4 @@
-"""How linear the branch behind a site is (Token Fusion, arXiv 2312.01026, section 3.1): chord over path.
+"""How linear the branch after a site is (Token Fusion, arXiv 2312.01026, section 3.1): chord over path.
 
     FL = |f(X1) - f(X0)| / sum_i |f(X(t_i+1)) - f(X(t_i))|,    X(t) = (1 - t) X0 + t X1,    t = 0, 1/N, .., 1
 
@@ -50,7 +50,7 @@ def fractional_linearity(f: Callable[[Tensor], Tensor], x0: Tensor, x1: Tensor, 
 def site_linearity(
     rehearsal: Rehearsal, entry: Rehearsed, inputs: Sequence[Any], start: Snapshot, order: Tensor, steps: int = STEPS
 ) -> tuple[Tensor, Tensor] | None:
-    """Linearity of the branch behind a site: between samples, and between the tokens that would be merged there.
+    """Linearity of the branch after a site: between samples, and between the tokens that would be merged there.
 
     Args:
         rehearsal: the graph.

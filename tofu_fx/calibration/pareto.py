@@ -1,7 +1,7 @@
 """The search: for each site how many tokens go, with the least predicted error at a cost or the least cost at an error.
 
 Errors of several sites add up, each a function of the share of the arriving tokens that goes there; costs are functions
-of the tokens behind each site. So the best plans are shortest paths through (site, tokens), with two lengths: dynamic
+of the tokens after each site. So the best plans are shortest paths through (site, tokens), with two lengths: dynamic
 programming over the sites keeps, for each number of tokens, every (cost, error) that no other one beats in both.
 
 (Measured on a DINOv2 ViT-S with 60 random plans: errors predicted this way and measured ones have a rank correlation of
@@ -26,7 +26,7 @@ MOST_LABELS = 600
 class Stage:
     """One site as the search sees it.
 
-    ``cost`` maps an array of token counts to what is computed on them behind the site, ``error`` maps arriving tokens
+    ``cost`` maps an array of token counts to what is computed on them after the site, ``error`` maps arriving tokens
     and an array of removed ones to predicted errors (of 0 removed: 0), ``cap`` maps arriving tokens to the most that
     can go. ``reduction`` maps arriving tokens to the cost of reducing at all.
     """
@@ -74,7 +74,7 @@ def search(stages: Sequence[Stage], tokens: int, multiple: int = 1, most_labels:
     Args:
         stages: the stream's sites in order.
         tokens: how many arrive at the first.
-        multiple: token counts behind a reduction are multiples of this.
+        multiple: token counts after a reduction are multiples of this.
         most_labels: see ``MOST_LABELS``; the search is exact as long as it is not reached.
     """
     reached: list[dict[int, _Labels]] = [{tokens: _Labels(numpy.zeros(1), numpy.zeros(1), [(tokens, 0)])}]

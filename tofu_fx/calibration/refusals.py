@@ -1,4 +1,4 @@
-"""Inputs that the model itself refuses: told apart from failures of ours, and named."""
+"""Inputs that the model itself refuses: distinguished from failures of ours, and named."""
 
 from __future__ import annotations
 

@@ -116,13 +116,13 @@ class Predictor:
     weights: Mapping[str, float]
 
     def contribution(self, site: Planned, arriving: int, gone: Any) -> Any:
-        """What is put down to one site."""
+        """What is attributed to one site."""
         if site.id not in self.curves:
             return numpy.where(numpy.asarray(gone) > 0, numpy.inf, 0.0)
         return self.weights[site.id] * self.curves[site.id](numpy.asarray(gone) / free_tokens(site, arriving))
 
     def contributions(self, choices: Mapping[str, Choice]) -> list[float]:
-        """What is put down to each site of a plan."""
+        """What is attributed to each site of a plan."""
         counted = walk(
             self.sites,
             lambda site, _: choices[site.id].r if site.id in choices else 0,

@@ -160,7 +160,7 @@ class Survey:
         return count_operations(self.trial.rehearsals, self.trial.beside)
 
     def seconds(self) -> list[CostModel] | None:
-        """A cost model of each graph in seconds of this device; None where its time does not hang on the tokens."""
+        """A cost model of each graph in seconds of this device; None where its time does not depend on the tokens."""
         models = self.operations()
         batch = self.batches[0].split(max(1, self.batches[0].samples // 2))[0]
         device = device_of(self.trial.model, [batch])

@@ -223,7 +223,7 @@ class Trial(AbstractContextManager["Trial"]):
         if again and not self._ran:  # later it is the same graph for another batch size
             raise CalibrationError(
                 f"several graphs of the model have a site {again[0]!r} (a graph break in a loop over its blocks?): the "
-                "rows of a plan could not be told apart; find the break with TORCH_LOGS=graph_breaks, and remove it"
+                "rows of a plan could not be distinguished; find the break with TORCH_LOGS=graph_breaks, and remove it"
             )
         if sites and not again:
             number = len(self.rehearsals)

@@ -116,7 +116,7 @@ class Tuner:
             over = self.cost(choices) - budget
             if over <= 1e-9 * budget:
                 return choices
-            limit -= over  # what hangs on several counts was put down to one of them
+            limit -= over  # what depends on several counts was attributed to one of them
         return None
 
     def within_loss(self, budget: float) -> Choices | None:

@@ -37,7 +37,7 @@ class Command:
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:
-    """Accept --debug behind a subcommand as well."""
+    """Accept --debug after a subcommand as well."""
     # SUPPRESS keeps its default from undoing one given before the command.
     parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 

@@ -1,8 +1,8 @@
 """Fake values, computed in microseconds where that is safe.
 
 ``FakeTensorMode`` takes from half a millisecond to ten to compute an op on shapes that it has not met, and every layer
-behind a reduction has shapes of its own. Nearly all of that goes into cases that are rare: constants, sizes that hang
-on data, kernels that lay out their result by device. For the ops named here the mode ends with the op's own meta kernel
+after a reduction has shapes of its own. Nearly all of that goes into cases that are rare: constants, sizes that
+depend on data, kernels that lay out their result by device. For the ops named here the mode ends with the op's own meta kernel
 on the inputs as they are, so that kernel is asked at once. Anything else, and anything unusual about the inputs, is
 left to the mode. ``tests/fx/test_fakes.py`` holds the two against each other on every op of many models.
 """
@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manag
 
 from tofu_fx.fx.op_families import GROUPINGS
 
-#: beside the elementwise ops, which PyTorch tags: no result's form hangs on a device, a value or a global setting
+#: beside the elementwise ops, which PyTorch tags: no result's form depends on a device, a value or a global setting
 _PLAIN = {
     "view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "t",
     "movedim", "expand", "expand_as", "repeat", "select", "slice", "split", "split_with_sizes", "chunk", "unbind",

@@ -22,7 +22,7 @@ def fake_of(node: Node) -> Any:
 
 
 def lift_tensors(traced: GraphModule) -> tuple[GraphModule, dict[str, torch.Tensor]]:
-    """The graph with its tensors as inputs behind its own, and the tensors by the names of these inputs, in order."""
+    """The graph with its tensors as inputs after its own, and the tensors by the names of these inputs, in order."""
     nodes = [node for node in traced.graph.find_nodes(op="get_attr") if isinstance(fake_of(node), FakeTensor)]
     if not nodes:
         return traced, {}
@@ -44,7 +44,7 @@ def lift_tensors(traced: GraphModule) -> tuple[GraphModule, dict[str, torch.Tens
 
 
 def put_back(lowered: GraphModule, held: dict[str, torch.Tensor]) -> None:
-    """Make the inputs behind the graph's own what they were.
+    """Make the inputs after the graph's own what they were.
 
     Raises:
         TofuError: the recorder lost sight of a value, and took its fake for a constant.

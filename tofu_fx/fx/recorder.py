@@ -137,7 +137,7 @@ class _Recorder(ProxyTorchDispatchMode):
             for i, part in enumerate(value):
                 self.note(self.graph.call_function(operator.getitem, (node, i)), part)
         elif value is not None:
-            raise _UnusualError  # a number that hangs on data
+            raise _UnusualError  # a number that depends on data
 
     def describe(self, node: Node, value: Any) -> None:
         """Give a node its fake value, and the module path and source line of the Dynamo node."""
@@ -153,7 +153,7 @@ def _is_factory(func: Any) -> bool:
 
 
 def _indexes_by_number(func: Any, args: Sequence[Any]) -> bool:
-    """``x[indices]``: only flags as indices make a shape that hangs on data."""
+    """``x[indices]``: only flags as indices make a shape that depends on data."""
     return func is torch.ops.aten.index.Tensor and all(i is None or i.dtype not in _FLAGS for i in args[1])
 
 

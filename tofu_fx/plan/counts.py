@@ -1,4 +1,4 @@
-"""How many tokens arrive at each site and stay behind it: the one place where tokens are counted.
+"""How many tokens arrive at each site and are left after it: the one place where tokens are counted.
 
 The sites of one stream follow each other: what one of them leaves arrives at the next. In branches the residual stream
 keeps every token, so each site starts from all of its own, whether it has a match of its own or shares another's.

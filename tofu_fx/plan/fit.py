@@ -67,7 +67,7 @@ def _check_counts(rows: Sequence[PlanRow], sites: Sequence[Planned]) -> None:
 
 
 def _as_shares(rows: Sequence[PlanRow], sites: Sequence[Planned]) -> list[PlanRow]:
-    """The rows for other numbers of tokens: behind each site the same share of the free tokens is left."""
+    """The rows for other numbers of tokens: after each site the same share of the free tokens is left."""
     row_of = {site.id: row for row, site in zip(rows, sites, strict=True)}
     planned = walk(sites, lambda site, _: row_of[site.id].r, tokens=lambda site: row_of[site.id].tokens)
     behind = {site.id: passage.leaving for site, passage in planned}

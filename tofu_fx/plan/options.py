@@ -71,7 +71,7 @@ class Options(BaseModel):
     placement "branch", "auto" takes the features, of wide models (more than 128 channels) their sketch."""
 
     placement: Placement = "auto"
-    """Where tokens are reduced: "stream" is the residual stream, behind the attention's add. "branch" reduces what goes
+    """Where tokens are reduced: "stream" is the residual stream, after the attention's add. "branch" reduces what goes
     into the attention and restores it before the residual add, which keeps every token. "auto" takes branches where a
     stream must soon be whole again and where the model gives back what it was given (UNets, denoisers), else the
     stream."""

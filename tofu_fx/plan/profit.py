@@ -36,7 +36,7 @@ def rates_of(device: torch.device, dtype: torch.dtype) -> Rates:
 
     CPU: measured with float32 on AVX512 cores (60 GFLOP/s a thread in a linear layer, up to four threads, which is
     about as far as products of this size gain; 50 us for `tofu::fuse_tokens` on 74 tokens, and what it adds to the
-    attention behind it). Elsewhere: not measured; the constant is that of thirty kernel launches.
+    attention after it). Elsewhere: not measured; the constant is that of thirty kernel launches.
     """
     if device.type == "cpu":
         return Rates(60e9 * min(torch.get_num_threads(), 4), 8e9, 70e-6)
@@ -45,7 +45,7 @@ def rates_of(device: torch.device, dtype: torch.dtype) -> Rates:
 
 @dataclass(frozen=True)
 class Work:
-    """Matrix products on the tokens of one stream: behind how many of its sites, operations, and their exponent.
+    """Matrix products on the tokens of one stream: after how many of its sites, operations, and their exponent.
 
     Attention does work for each pair of tokens, all other products for each token.
     """
@@ -58,7 +58,7 @@ class Work:
 def unprofitable(sites: Sequence[Planned], tracer: AxisTracer, graph: Graph) -> list[Planned]:
     """The reducing sites of one stream that cost more time than they save, given that the others reduce.
 
-    Looked for from the last site on, behind which there is the least work.
+    Looked for from the last site on, after which there is the least work.
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
     work = _work(sites, tracer, graph, order)

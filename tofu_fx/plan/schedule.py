@@ -80,7 +80,7 @@ def _from_options(matched: Sequence[Planned], options: Options) -> list[Decision
 
 
 def _groups(matched: Sequence[Planned]) -> list[list[Planned]]:
-    """The sites of each stream, and all those that reduce branches: each of these has all tokens again behind it."""
+    """The sites of each stream, and all those that reduce branches: each of these has all tokens again after it."""
     return streams(matched, lambda site, _: "branch" if site.placement == "branch" else site.stream)
 
 

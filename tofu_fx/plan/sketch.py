@@ -14,7 +14,7 @@ WIDTH = 128
 def folds(channels: int) -> int:
     """How many channels each number of the sketch sums: a divisor of all, so large that at most `WIDTH` are left.
 
-    1, nothing is folded, where that would leave less than half of `WIDTH`: too few to tell tokens apart.
+    1, nothing is folded, where that would leave less than half of `WIDTH`: too few to distinguish tokens.
     """
     fold = next(n for n in range(-(-channels // WIDTH), channels + 1) if channels % n == 0)
     return fold if channels // fold >= WIDTH // 2 else 1

@@ -106,12 +106,12 @@ class Explanation:
 
     @property
     def tokens_after(self) -> int:
-        """Tokens behind the last reduced site of the stream that ``tokens_before`` is of."""
+        """Tokens after the last reduced site of the stream that ``tokens_before`` is of."""
         return self.tokens_of_streams[0][1] if self.tokens_of_streams else 0
 
     @property
     def tokens_of_streams(self) -> list[tuple[int, int]]:
-        """Tokens at the first and behind the last reduced site of each stream; equal pairs once."""
+        """Tokens at the first and after the last reduced site of each stream; equal pairs once."""
         streams: dict[Hashable, list[SiteRow]] = {}
         for row in self.sites:
             if not row.reason:

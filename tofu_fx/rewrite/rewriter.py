@@ -63,7 +63,7 @@ class Rewriter:
         return self.ctx.env[node, 0]
 
     def settle(self, border: Node) -> None:
-        """Make whole, ahead of the border of an autocast region, what may be wanted whole behind it.
+        """Make whole, ahead of the border of an autocast region, what may be wanted whole after it.
 
         There it would be computed in another precision. What nobody wants is dead code.
         """

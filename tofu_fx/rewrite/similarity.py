@@ -25,9 +25,9 @@ def batch_of(tracer: AxisTracer, site: Planned, axes: Axes) -> tuple[Atom, ...]:
     key = tracer.of(site.attention.key)
     positions, keys = key[site.attention.key_tokens], {atom for dim in key for atom in dim}
     own = [atom for dim in axes for atom in dim if not atom.is_token]
-    strange = [atom for atom in keys.difference(own, positions) if atom.base.kind == "plain"]
+    foreign = [atom for atom in keys.difference(own, positions) if atom.base.kind == "plain"]
     missing = [atom for atom in own if atom.base.kind == "plain" and atom not in keys]
-    if strange and missing:
+    if foreign and missing:
         # An axis of the keys that the stream lacks may be its batch under another name: to take it for heads would
         # match all samples as one.
         raise Barrier("the batch of the keys cannot be lined up with the stream's")

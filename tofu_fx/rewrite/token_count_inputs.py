@@ -1,7 +1,7 @@
 """The inputs of the rewritten graph: those that were traced and, for inductor, the token counts.
 
-Every reduction gives the layers behind it a shape of their own, and inductor compiles a set of C++ kernels for each
-shape: with a reduction in each of 12 layers that is most of the compile time. So the token count behind each reduction
+Every reduction gives the layers after it a shape of their own, and inductor compiles a set of C++ kernels for each
+shape: with a reduction in each of 12 layers that is most of the compile time. So the token count after each reduction
 is made an integer *input* of the graph. Inductor then writes kernels for any count, finds that the layers' kernels are
 the same text, and compiles them once. The counts never change: the compiled callable always gets the same numbers.
 

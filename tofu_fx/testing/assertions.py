@@ -24,7 +24,7 @@ Inputs = Sequence[Any]
 
 
 def well_formed(gm: GraphModule, recompiled: bool = True) -> None:
-    """Every node stands behind what it reads, knows its readers, and there is one output, at the end.
+    """Every node stands after what it reads, knows its readers, and there is one output, at the end.
 
     Args:
         gm: what to look at.
@@ -44,7 +44,7 @@ def well_formed(gm: GraphModule, recompiled: bool = True) -> None:
         known.add(node)
     outputs = [node.name for node in nodes if node.op == "output"]
     assert len(outputs) == 1, f"the graph has {len(outputs)} outputs: {', '.join(outputs)}"
-    assert nodes[-1].op == "output", f"{nodes[-1].name} stands behind the output"
+    assert nodes[-1].op == "output", f"{nodes[-1].name} stands after the output"
     try:
         gm.graph.lint()
     except Exception as error:
@@ -134,7 +134,7 @@ def leaves_alone(before: Graph, after: Graph, reached: Iterable[Node] | Callable
 
     Args:
         before: the graph ahead of the rewrite.
-        after: the graph behind it; names may differ.
+        after: the graph after it; names may differ.
         reached: nodes of ``before`` that the rewrite may change, or a predicate of them. What is computed from these
             may change too. Dead nodes may go.
     """
@@ -157,7 +157,7 @@ def permutation_safe(
     outputs: Mapping[int, int] | None = None,
     tolerance: float = PERMUTATION_TOLERANCE,
 ) -> None:
-    """A graph that treats its tokens alike still does so behind a pass.
+    """A graph that treats its tokens alike still does so after a pass.
 
     Tokens in another order give the outputs in that order; pooled outputs stay the same.
 
@@ -195,7 +195,7 @@ def permutation_safe(
         raise ValueError(f"the given graph does not treat its tokens alike: output {name} differs by {worst:.2g}")
     worst, name = error(applied(pass_, gm))
     assert worst <= tolerance, (
-        f"behind the pass, output {name} hangs on the order of the tokens: it differs by {worst:.2g}"
+        f"after the pass, output {name} depends on the order of the tokens: it differs by {worst:.2g}"
     )
 
 

@@ -1,6 +1,6 @@
 """Exact copies: tokens that hold the same features merge without any loss, whatever the strategy.
 
-For that nothing may tell the copies apart: no position table, no rotary embedding, no relative bias.
+For that nothing may distinguish the copies: no position table, no rotary embedding, no relative bias.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def repeated(x: Tensor, kinds: int = 2, seed: int = 0) -> Tensor:
 
 
 def without_positions(model: Transformer) -> Transformer:
-    """The transformer with a position table of zeros, so that only features tell its tokens apart."""
+    """The transformer with a position table of zeros, so that only features distinguish its tokens."""
     with torch.no_grad():
         nn.init.zeros_(model.pos_embed)
     return model

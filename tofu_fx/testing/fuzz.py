@@ -60,7 +60,7 @@ def check(case: Case) -> Verdict:
         plain = model(*inputs)
         try:
             proofs = _proved(case, model, inputs)
-            # A class token that is read behind the last attention does not see the tokens that went there.
+            # A class token that is read after the last attention does not see the tokens that went there.
             said = [failure for failure in proofs.failures if not failure.startswith("nothing")]
             failure = said[0] if said else _compiled(case, model, inputs, plain, proofs)
         except Exception as error:  # noqa: BLE001 - whatever it is: it is reported as the failure of this case
@@ -100,7 +100,7 @@ def _compiled(case: Case, model: Callable[..., Any], inputs: Sequence[Tensor], p
 
 
 def _counts(case: Case, proofs: Proofs) -> int | tuple[int, ...]:
-    """The tokens to remove: of copies that differ behind the first block, at its attention only."""
+    """The tokens to remove: of copies that differ after the first block, at its attention only."""
     mixing = isinstance(case.subject, Spec) and case.subject.mixing != "none"
     if not (case.duplicates and mixing and proofs.matched):
         return case.use.r

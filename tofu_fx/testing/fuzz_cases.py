@@ -83,7 +83,9 @@ class Case:
         if isinstance(case.subject, Steps):
             return replace(case, batch=2, duplicates=False, use=replace(case.use, dynamic=False, grid=False))
         spec = case.subject.tidy()
-        if case.duplicates:  # what tells copies apart is left out, and so is a grid, which pairs cells, not neighbours
+        if (
+            case.duplicates
+        ):  # what distinguishes copies is left out, and so is a grid, which pairs cells, not neighbours
             spec = replace(spec, positions="none", rotary=False, mask="none")
             use = replace(case.use, grid=False, proportional_attention=True)
             spec = replace(spec, pooling="tokens") if spec.pooling == "conv" and use.placement == "branch" else spec
@@ -139,7 +141,7 @@ RUNS = 3
 def copies(x: Tensor, seed: int) -> Tensor:
     """``[B, N, C]`` of `RUNS` tokens in each sample, copied in runs of random lengths.
 
-    In a run of two and more there is an even and an odd place, before any reduction and behind it, so that each
+    In a run of two and more there is an even and an odd place, before any reduction and after it, so that each
     reduction finds copies to merge while there are at least 2 r + `RUNS` tokens.
     """
     generator = torch.Generator().manual_seed(seed)

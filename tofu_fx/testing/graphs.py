@@ -67,7 +67,7 @@ def copied(gm: GraphModule) -> GraphModule:
     for old, node in zip(gm.graph.nodes, new.graph.nodes, strict=True):
         if hasattr(old, "_dynamo_source"):  # what tells a parameter from an input
             node._dynamo_source = old._dynamo_source
-    # A lazy module would write its code behind the pass, and hide that the pass forgot to have it written.
+    # A lazy module would write its code after the pass, and hide that the pass forgot to have it written.
     _LazyGraphModule.force_recompile(new)
     return new
 
@@ -129,7 +129,7 @@ def descendants(nodes: Iterable[Node]) -> set[Node]:
 
 
 def live(graph: Graph) -> set[Node]:
-    """The nodes that an output or a side effect hangs on."""
+    """The nodes that an output or a side effect depends on."""
     found: set[Node] = set()
     todo = [node for node in graph.nodes if node.op == "output" or (node.op != "placeholder" and is_impure(node))]
     while todo:

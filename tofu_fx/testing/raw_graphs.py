@@ -150,7 +150,7 @@ IN_PLACE: tuple[Step, ...] = (
     _through_a_view(aten.mul_.Tensor, aten.transpose.int, 1, 2),
     _through_a_view(aten.add_.Tensor, aten.slice.Tensor, 2, 1, 3),
 )
-#: tell tokens apart by their place
+#: distinguish tokens by their place
 BY_PLACE: tuple[Step, ...] = (
     lambda g, a, b: g.call(aten.add.Tensor, a, g.constant(TOKENS, FEATURES)),
     lambda g, a, b: g.call(aten.add.Tensor, a, g.call(aten.unsqueeze.default, g.call(aten.select.int, b, 1, 0), 1)),
@@ -177,7 +177,7 @@ def _fused_attention(g: GraphBuilder, a: Node, b: Node) -> Node:
 
 
 def _written_attention(*ways: Any, transpose: Any = aten.mT.default, source: int = 0) -> Step:
-    """Attention by products; ``ways`` are (op, arguments behind the scores) from the scores to the weights."""
+    """Attention by products; ``ways`` are (op, arguments after the scores) from the scores to the weights."""
 
     def step(g: GraphBuilder, a: Node, b: Node) -> Node:
         q, k, v = _projected(g, a)

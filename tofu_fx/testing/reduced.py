@@ -64,7 +64,7 @@ class Reduced(Running):
         """Compute a node on tokens that share their groups' features, or on whole ones."""
         reduced = [value for value in node.all_input_nodes if self.seen.get(value)]
         if getattr(node.target, "__name__", "") in ("_enter_autocast", "_exit_autocast"):
-            for value in list(self.seen):  # behind it they would be computed again in another precision
+            for value in list(self.seen):  # after it they would be computed again in another precision
                 self.whole(value)
         if not reduced:
             return self.plain(node, {})
@@ -163,7 +163,7 @@ class Reduced(Running):
         """A node's value with each token's own features.
 
         Of the residual stream: what the token was before each reduction, and what its group has gained since. What
-        each token alone decides behind it (a norm, a head) is done again; anything else is what its group has.
+        each token alone decides after it (a norm, a head) is done again; anything else is what its group has.
         """
         if copied:
             return self.env[node]

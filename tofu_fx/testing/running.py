@@ -67,7 +67,7 @@ class Running:
         raise NotImplementedError
 
     def enter(self, node: Node, entry: Entry) -> None:
-        """What happens behind a node at which tokens become fewer."""
+        """What happens after a node at which tokens become fewer."""
         raise NotImplementedError
 
     def output(self, node: Node) -> Any:

@@ -15,7 +15,7 @@ class Spec:
     """How a `Transformer` is written. ``grid`` is the patches' height and width, ``depth`` the number of blocks."""
 
     layout: str = "BNC"  # "BNC", "NBC", "merged" (batch and tokens in one dim)
-    norm: str = "pre"  # "pre", "post", "sandwich" (before and behind each branch)
+    norm: str = "pre"  # "pre", "post", "sandwich" (before and after each branch)
     parallel: str = "none"  # "none", "branches first": x + (attention + mlp), "one by one": (x + attention) + mlp
     fused_qkv: bool = True
     attention: str = "sdpa"  # "sdpa", "matmul", "mT", "einsum", "bmm", "baddbmm"
@@ -37,9 +37,9 @@ class Spec:
     suffix: int = 0
     pooling: str = "class"  # "class", "mean", "mean_patches", "max", "logsumexp", "tokens", "conv", "attention"
     skip: str = "none"  # "none", "concatenate", "add": the embedding again, ahead of the last block
-    alias: str = "none"  # "none", "view_as", "detach", "clone", "identity", "contiguous", "slice": behind each block
-    reshape: str = "none"  # "none", "flatten", "features", "swap": there and back, behind each block
-    # behind each block samples meet: "none", "centred", "first", "sample", "scaled", "maximum", "groups", "product",
+    alias: str = "none"  # "none", "view_as", "detach", "clone", "identity", "contiguous", "slice": after each block
+    reshape: str = "none"  # "none", "flatten", "features", "swap": there and back, after each block
+    # after each block samples meet: "none", "centred", "first", "sample", "scaled", "maximum", "groups", "product",
     # "attention", "rolled"
     mixing: str = "none"
     in_place: bool = False

@@ -86,7 +86,7 @@ def fx_graphs(draw: st.DrawFn, by_place: bool = True, in_place: bool = True, mos
 
     Args:
         draw: hypothesis's own.
-        by_place: with steps that tell tokens apart (cat, slice and split of tokens, position tables).
+        by_place: with steps that distinguish tokens (cat, slice and split of tokens, position tables).
         in_place: with ops that change their input, or what a view of it shows.
         most: steps at most; each is one to four nodes.
     """

@@ -61,7 +61,7 @@ class Vectors:
 
 @dataclass(frozen=True)
 class Entry:
-    """A place where tokens become fewer: behind ``node`` for all its later readers, or for ``readers`` only.
+    """A place where tokens become fewer: after ``node`` for all its later readers, or for ``readers`` only.
 
     ``owner`` names the choice of the tokens, which is made at the first entry of that name and used by the others.
     ``where`` is of the node's own value; ``grid`` is (frames, height, width, cell, seed) or empty.

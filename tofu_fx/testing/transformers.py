@@ -73,7 +73,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Embedding, blocks, pooling as the spec says. Input ``[B, patches, 5]``; ``example_inputs`` makes all it takes.
 
-    ``reducer`` is for a reference in eager mode that reduces tokens by hand behind each attention: an object with
+    ``reducer`` is for a reference in eager mode that reduces tokens by hand after each attention: an object with
     ``reduce(x, keys)``, ``logits(scores)``, ``rows_of(table)``, ``pairs_of(table)``, ``mean(x, prefix)``,
     ``merged(x)``, ``restore(x)`` and ``not_additive()``,
     which work on ``[B, N, C]``, and with the attribute ``origin``. It knows
@@ -142,7 +142,7 @@ class Transformer(nn.Module):
         return table.expand(batch, -1, -1).reshape(-1, DIM) if self.spec.layout == "merged" else table
 
     def _pool(self, x: Tensor, batch: int, reducer: Any) -> Tensor:
-        """The head, in the layout of the stream; where batch and tokens are one dim they are told apart for it."""
+        """The head, in the layout of the stream; where batch and tokens are one dim they are distinguished for it."""
         spec = self.spec
         if spec.layout == "merged" or (reducer is not None and spec.pooling in ("mean", "mean_patches", "attention")):
             x = canonical(x, spec, batch)
