@@ -115,10 +115,10 @@ def _seed(site: Placed, plain: AxisTracer, node: Node, dim: int, place: int, num
         if token_atoms(axes) or [len(d) for d in axes] != [len(d) for d in plain.of(node)]:
             return axes
         tracer.samples.axes[number] = tuple(axes[d][i] for d, i in samples)
-        base = Base(f"tokens{number}", site.tokens - site.lead - site.tail, "token", number)
-        tokens, atoms = Atom(base, -site.lead, site.tokens), axes[dim]
+        base = Base(f"tokens{number}", site.tokens - site.prefix - site.suffix, "token", number)
+        tokens, atoms = Atom(base, -site.prefix, site.tokens), axes[dim]
         tracer.entered[number] = atoms if place < 0 else atoms[place : place + 1], site.tokens
-        tracer.samples.tokens[number] = (atoms if place < 0 else (atoms[place],)), site.lead
+        tracer.samples.tokens[number] = (atoms if place < 0 else (atoms[place],)), site.prefix
         mixed = (tokens,) if place < 0 else (*atoms[:place], tokens, *atoms[place + 1 :])
         return (*axes[:dim], mixed, *axes[dim + 1 :])
 
@@ -131,7 +131,7 @@ def _of_stream(site: Placed, tracer: AxisTracer) -> Placed | Declined:
     if len(atoms) != 1 or atoms[0].base.size < 2:
         reason = "the stream's tokens cannot be followed to this residual add"
         return Declined(site, Decline(reason, site.reduce_at))
-    site = replace(site, stream=atoms[0].base.stream, lead=atoms[0].lead, tail=atoms[0].tail)
+    site = replace(site, stream=atoms[0].base.stream, prefix=atoms[0].prefix, suffix=atoms[0].suffix)
     if site.placement == "branch" and tracer.branches.get(site.stream) != site.branches[0].inside:
         return Declined(site, Decline("its tokens are those of a stream that is reduced already", site.reduce_at))
     if site.placement == "branch" and not any(a.base is atoms[0].base for a in tracer.tokens(site.attention.query)):

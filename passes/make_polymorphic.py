@@ -142,9 +142,9 @@ def _slice_literals(tracer: AxisTracer, node: Node) -> None:
     # Places that were counted from the end are counted from the front first: -16 of 17 tokens is after the first one.
     bounds = (argument(node, name) for name in ("start", "end"))
     start, stop, _ = slice(*(None if bound is None else hint(bound) for bound in bounds)).indices(atom.size)
-    last = atom.size - atom.tail
+    last = atom.size - atom.suffix
     # An empty slice starts after all that there are.
-    set_argument(node, "start", _END if start >= atom.size else start if start <= atom.lead else start - atom.size)
+    set_argument(node, "start", _END if start >= atom.size else start if start <= atom.prefix else start - atom.size)
     set_argument(node, "end", _END if stop >= atom.size else stop if stop < last else stop - atom.size)
 
 
@@ -155,7 +155,7 @@ def _select_literal(tracer: AxisTracer, node: Node) -> None:
     index = argument(node, "index")
     if atoms and isinstance(index, int):
         index %= atoms[0].size
-        set_argument(node, "index", index - atoms[0].size if index >= atoms[0].size - atoms[0].tail else index)
+        set_argument(node, "index", index - atoms[0].size if index >= atoms[0].size - atoms[0].suffix else index)
 
 
 def _split_literals(tracer: AxisTracer, node: Node) -> None:

@@ -13,9 +13,9 @@ from tofu_fx.axes.atoms import Atom, Barrier, Base, Dim, dim_size, hint, token_d
 from tofu_fx.axes.space import Space
 
 
-def token(size: int, lead: int = 0, tail: int = 0) -> Atom:
+def token(size: int, prefix: int = 0, suffix: int = 0) -> Atom:
     """A run of tokens with protected ends."""
-    return Atom(Base("tokens", size - lead - tail, "token", 0), -lead, size)
+    return Atom(Base("tokens", size - prefix - suffix, "token", 0), -prefix, size)
 
 
 def axis(space: Space, name: str, size: int) -> Dim:
@@ -66,19 +66,19 @@ def test_class_token_ahead_of_the_patches_becomes_the_lead_and_is_cut_off_again(
     space = Space()
     patches = axis(space, "patches", 9)
     joined = space.concatenate([((), 1, False), (patches, 9, True)], "cat")
-    assert (joined[0].lead, joined[0].tail, joined[0].size) == (1, 0, 10)
+    assert (joined[0].prefix, joined[0].suffix, joined[0].size) == (1, 0, 10)
     assert space.cut(joined, 1, 10) == patches
 
 
-@given(lead=st.integers(0, 5), tail=st.integers(0, 5), free=st.integers(2, 9), data=st.data())
+@given(prefix=st.integers(0, 5), suffix=st.integers(0, 5), free=st.integers(2, 9), data=st.data())
 def test_cut_keeps_all_reducible_tokens_or_none_or_is_a_barrier(
-    lead: int, tail: int, free: int, data: st.DataObject
+    prefix: int, suffix: int, free: int, data: st.DataObject
 ) -> None:
-    size = lead + free + tail
+    size = prefix + free + suffix
     start = data.draw(st.integers(0, size - 1))
     stop = data.draw(st.integers(start + 1, size))
-    inside = set(range(start, stop)) & set(range(lead, lead + free))
-    dim = (token(size, lead, tail),)
+    inside = set(range(start, stop)) & set(range(prefix, prefix + free))
+    dim = (token(size, prefix, suffix),)
     if 0 < len(inside) < free:
         with pytest.raises(Barrier, match="are taken"):
             Space().cut(dim, start, stop)
@@ -87,7 +87,7 @@ def test_cut_keeps_all_reducible_tokens_or_none_or_is_a_barrier(
     assert dim_size(part) == stop - start
     assert any(atom.is_token for atom in part) == (len(inside) == free)
     if inside:
-        assert (part[0].lead, part[0].tail) == (lead - start, stop - lead - free)
+        assert (part[0].prefix, part[0].suffix) == (prefix - start, stop - prefix - free)
 
 
 def test_tokens_of_two_streams_cannot_be_concatenated_along_their_axis() -> None:
@@ -105,7 +105,7 @@ def test_runs_that_follow_each_other_join_again() -> None:
 
 def test_single_token_behind_prefix_tokens_knows_them() -> None:
     (joined,) = Space().concatenate([((), 2, False), ((), 1, True)], "cat")
-    assert (joined.lead, joined.size) == (2, 3)
+    assert (joined.prefix, joined.size) == (2, 3)
 
 
 def test_token_dim_refuses_a_tensor_that_carries_them_twice() -> None:

@@ -20,7 +20,7 @@ from tofu_fx.sites.site import Planned
 
 def _site(name: str, tokens: int = 41) -> Planned:
     attention: Any = None
-    place: Any = {"reduce_at": None, "lead": 1, "tail": 0, "tokens_in": tokens, "tokens_out": tokens}
+    place: Any = {"reduce_at": None, "prefix": 1, "suffix": 0, "tokens_in": tokens, "tokens_out": tokens}
     return Planned(name, name, attention, tokens, 3, 48, stream=0, **place)
 
 
@@ -39,7 +39,7 @@ def test_candidates_of_a_branch_merge_by_the_mean_of_what_goes_in(
     placement: Any, dim: int, expected: list[tuple[str, str]]
 ) -> None:
     node: Any = None
-    site = replace(_site("a"), placement=placement, dim=dim)
+    site = replace(_site("a"), placement=placement, width=dim)
     own = default_match(site)
     entry = Rehearsed(site, node, dict.fromkeys((own, *(kind for kind in ("keys", "features") if kind != own)), node))
     assert [kind for kind in kinds(entry) if dim < 384 or kind[1] == "sketch"] == expected

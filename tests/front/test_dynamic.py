@@ -38,8 +38,8 @@ def counted(model: Any, dynamic: bool | None = None, **options: Any) -> tuple[An
     return torch.compile(model, backend=backend, dynamic=dynamic), counter
 
 
-def reference(model: Any, x: torch.Tensor, rows: list[tuple[str, int]], lead: int = 1) -> torch.Tensor:
-    return reference_vit(model, x, Reducer(rows, lead))
+def reference(model: Any, x: torch.Tensor, rows: list[tuple[str, int]], prefix: int = 1) -> torch.Tensor:
+    return reference_vit(model, x, Reducer(rows, prefix))
 
 
 @pytest.mark.parametrize("strategy", ["prune", "mlerp"])
@@ -110,7 +110,7 @@ def test_batch_of_one_is_right_and_a_sample_does_not_depend_on_its_batch() -> No
     call, _ = counted(model, r=4, strategy="mlerp")
     x = entry.batch(3)
     alone = call(x[:1])
-    expected = reference(model, x[:1], [("mlerp", 4)] * 3, lead=2)
+    expected = reference(model, x[:1], [("mlerp", 4)] * 3, prefix=2)
     assert relative_error(alone, expected) < MEANING_TOLERANCE
     # The same decisions; BLAS may round a batch of another size differently.
     assert relative_error(call(x)[:1], alone) < MEANING_TOLERANCE

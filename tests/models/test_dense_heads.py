@@ -84,7 +84,7 @@ def _images() -> Tensor:
 
 
 def _reference(model: Dense, strategy: str) -> Any:
-    reducer = Reducer([(strategy, R)] * DEPTH, lead=1)
+    reducer = Reducer([(strategy, R)] * DEPTH, prefix=1)
     return model.after(reference_vit(model.vit, _images(), reducer, features=True))
 
 
@@ -152,7 +152,7 @@ def test_older_features_of_any_run_meet_newer_ones(join: str) -> None:
     found = study(model, _images(), variants={"mean": {"r": R, "strategy": "mean"}})
     assert len(found.reducing("mean")) == DEPTH, [str(site.decline) for site in found.sites("mean")]
     # A weighted mean over tokens undoes a mean merge: the early features' part of the output is that of all tokens.
-    reducer = Reducer([("mean", R)] * DEPTH, lead=1)
+    reducer = Reducer([("mean", R)] * DEPTH, prefix=1)
     early = model.vit._pos_embed(model.vit.patch_embed(_images()))
     x = early
     for block in model.vit.blocks:

@@ -106,7 +106,9 @@ def test_flux_with_a_grid_reaches_three_quarters_of_the_image_and_none_of_the_te
     (warning,) = found.outcomes["grid"][0].warnings
     assert "could not be checked" in warning  # Flux gets its image flattened
     # Two blocks with a stream of images beside the text's, then two with both as one, the text first.
-    assert [(site.lead, site.tail, site.r) for site in found.reducing("grid")] == [(0, 0, 48)] * 2 + [(TEXT, 0, 48)] * 2
+    assert [(site.prefix, site.suffix, site.r) for site in found.reducing("grid")] == [(0, 0, 48)] * 2 + [
+        (TEXT, 0, 48)
+    ] * 2
     fused = found.nodes("grid", fuse_tokens)
     assert [tuple(node.args[5:7]) for node in fused] == [(0, 0)] * 2 + [(TEXT, 0)] * 2
     assert [list(node.args[7]) for node in fused] == [[1, 8, 8, 2, 0]] * 4

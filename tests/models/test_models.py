@@ -66,7 +66,9 @@ def test_random_weights_make_outputs_that_depend_on_everything(name: str) -> Non
 def test_every_attention_over_tokens_is_matched_and_every_other_declined_with_its_reason(name: str) -> None:
     entry, sites = ZOO[name], studied(name).sites("auto")
     matched = [site for site in sites if site.matched]
-    assert [(site.tokens, site.lead, site.tail) for site in matched] == [(entry.tokens, *entry.protected)] * entry.sites
+    assert [(site.tokens, site.prefix, site.suffix) for site in matched] == [
+        (entry.tokens, *entry.protected)
+    ] * entry.sites
     assert len({site.id for site in sites}) == len(sites)
     reasons = [str(site.decline) for site in sites if not site.matched]
     assert len(reasons) == len(entry.declined)

@@ -62,7 +62,7 @@ def test_a_stream_is_reduced_up_to_where_classes_join_it_and_all_proofs_hold(pla
 
 def test_branches_are_reduced_everywhere_and_class_tokens_never_merged() -> None:
     proofs = prove(model(), IMAGES, r=6, options={"placement": "branch"}).check()
-    found = [(site.lead, site.tail, site.grid) for site in proofs.matched]
+    found = [(site.prefix, site.suffix, site.grid) for site in proofs.matched]
     assert found == [(0, 0, (1, SIDE, SIDE))] * ENCODER + [(0, CLASSES, (1, SIDE, SIDE))] * DECODER
 
 

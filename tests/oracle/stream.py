@@ -35,9 +35,14 @@ class Reducer:
     """Carries out ``rows`` = (strategy, r) at successive sites of a stream with protected ends."""
 
     def __init__(
-        self, rows: Sequence[tuple[str, int]], lead: int = 0, tail: int = 0, biased: bool = True, match: str = "keys"
+        self,
+        rows: Sequence[tuple[str, int]],
+        prefix: int = 0,
+        suffix: int = 0,
+        biased: bool = True,
+        match: str = "keys",
     ) -> None:
-        self.rows, self.lead, self.tail, self.biased, self.match = list(rows), lead, tail, biased, match
+        self.rows, self.prefix, self.suffix, self.biased, self.match = list(rows), prefix, suffix, biased, match
         self.queries: Tensor | None = None  # [B, H, N, D] of the attention ahead of the site
         self.there: Tensor | None = None  # [N] bool: which of the original tokens are no padding
         self.size: Tensor | None = None
@@ -62,10 +67,10 @@ class Reducer:
             there = self.there.expand(batch, -1) if self.origin is None else self.there[self.origin]
             metric = reference_separate(metric, there)
         size = torch.ones(batch, tokens) if self.size is None else self.size
-        self.margin = min(self.margin, decision_margin(metric, r, self.lead, self.tail)) if r else self.margin
+        self.margin = min(self.margin, decision_margin(metric, r, self.prefix, self.suffix)) if r else self.margin
         if self.margin < CLEAR_MARGIN:
             raise Undecided
-        merged, self.size, assignment, kept = reference_fuse(x, metric, size, r, strategy, self.lead, self.tail)
+        merged, self.size, assignment, kept = reference_fuse(x, metric, size, r, strategy, self.prefix, self.suffix)
         self.origin = kept if self.origin is None else self.origin.gather(1, kept)
         step = {
             "before": x.clone(),

@@ -70,7 +70,7 @@ def test_wrong_options_are_refused_before_any_compiling(options: dict[str, Any],
 
 
 def test_a_ratio_over_the_cap_is_capped_and_the_warning_says_cap_and_remedy() -> None:
-    model = randomise(ViT(lead=1))
+    model = randomise(ViT(prefix=1))
     outputs, messages = told(model, images(), **branch(0.9))
     # 36 places in 9 cells: 27 may go.
     capped = [message for message in messages if "r = 32 capped at 27" in message]
@@ -144,7 +144,7 @@ def test_a_linear_attention_only_model_is_left_alone_whatever_the_options() -> N
 def test_a_plan_of_branches_survives_json_and_gives_the_same_graph_and_bits(
     tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    model, wanted = randomise(ViT(lead=1)), branch(0.6, **options)
+    model, wanted = randomise(ViT(prefix=1)), branch(0.6, **options)
     plan = tofu_fx.explain(model, images(), options={**EAGER, **wanted}).plan
     assert {(row.placement, row.cell) for row in plan.sites} == {("branch", options.get("cell", 2))}
     plan.save(tmp_path / "plan.json")

@@ -30,7 +30,7 @@ def row(
 
 def site(name: str, tokens: int, stream: int, **more: Any) -> Planned:
     attention: Any = SimpleNamespace(node=None)
-    more = {"reduce_at": None, "lead": 0, "tail": 0, "tokens_in": tokens, "tokens_out": tokens, **more}
+    more = {"reduce_at": None, "prefix": 0, "suffix": 0, "tokens_in": tokens, "tokens_out": tokens, **more}
     return Planned(name, name, attention, tokens, 2, 8, stream=stream, **more)
 
 
@@ -55,7 +55,7 @@ def test_streams_side_by_side_are_counted_apart() -> None:
 
 
 def test_what_goes_may_be_decided_by_what_arrives() -> None:
-    sites = [site(name, 40, 0, lead=1) for name in "abc"]
+    sites = [site(name, 40, 0, prefix=1) for name in "abc"]
     # 39 are free, so 19 may go; of 21 then 20 are free: 10; of 11 then 10: 5
     assert counts(sites, lambda site, arriving: site.cap(arriving)) == [(40, 21), (21, 11), (11, 6)]
 

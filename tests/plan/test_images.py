@@ -47,7 +47,7 @@ def test_a_grid_of_another_number_of_tokens_is_refused_in_either_placement(place
 
 
 def test_a_grid_of_as_many_tokens_and_another_shape_is_refused_where_the_graph_shows_the_image() -> None:
-    message = refused(randomise(ViT(lead=1)), images(), **branch(grid=(4, 9)))
+    message = refused(randomise(ViT(prefix=1)), images(), **branch(grid=(4, 9)))
     assert all(word in message for word in ("4 x 9", "at 'blocks.0", "an image of 6 x 6", "leave the option out")), (
         message
     )

@@ -64,10 +64,10 @@ def prove(spec: Spec, strategy: str = "mlerp", r: int = 2, batch: int = 2, seed:
         assert len(found.reducing("reduced")) == spec.depth, [str(site.decline) for site in sites]
         done = [(site.strategy, site.r) for site in sites if site.matched]
         rows = done + [("prune", 0)] * (spec.depth - len(done))
-        lead, tail = (sites[0].lead, sites[0].tail) if done else (spec.prefix, spec.suffix)
-        assert (lead, tail) == (spec.prefix, spec.suffix)
+        prefix, suffix = (sites[0].prefix, sites[0].suffix) if done else (spec.prefix, spec.suffix)
+        assert (prefix, suffix) == (spec.prefix, spec.suffix)
         try:
-            expected = model(x, reducer=Reducer(rows, lead, tail))
+            expected = model(x, reducer=Reducer(rows, prefix, suffix))
         except Undecided:
             return "a decision too close to rounding"
         assert relative_error(found.outputs["reduced"], expected) < MEANING_TOLERANCE

@@ -45,7 +45,7 @@ def text_of(compilations: Iterable[Any]) -> str:
         for site in compilation.reducing:
             lines.append(
                 f"site: {site.placement}, {site.strategy}, {site.match}, {site.tokens_in} -> {site.tokens_out} tokens, "
-                f"{site.lead} + {site.tail} protected"
+                f"{site.prefix} + {site.suffix} protected"
             )
         lines += graph_lines(compilation.gm.graph) if compilation.reducing else []
     return "\n".join(lines) + "\n"

@@ -93,21 +93,21 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Patches after ``lead`` tokens of their own; what is returned is chosen by ``out``."""
+    """Patches after ``prefix`` tokens of their own; what is returned is chosen by ``out``."""
 
     def __init__(
         self,
         kind: str = "pre",
-        lead: int = 0,
+        prefix: int = 0,
         rotary: bool = False,
         depth: int = DEPTH,
         side: int = SIDE,
         out: str = "all",
     ) -> None:
         super().__init__()
-        self.embed, self.lead, self.out = nn.Conv2d(3, DIM, 4, 4), lead, out
-        count = lead + side * side
-        self.lead_token = nn.Parameter(torch.zeros(1, lead, DIM))
+        self.embed, self.prefix, self.out = nn.Conv2d(3, DIM, 4, 4), prefix, out
+        count = prefix + side * side
+        self.lead_token = nn.Parameter(torch.zeros(1, prefix, DIM))
         self.pos_embed = nn.Parameter(torch.zeros(1, count, DIM))
         self.blocks = nn.ModuleList(Block(kind, count if rotary else 0) for _ in range(depth))
         self.norm, self.head = nn.LayerNorm(DIM), nn.Linear(DIM, 48)
@@ -146,14 +146,14 @@ def reference(
     for block in model.blocks:
         h = x if block.kind == "post" else block.norm1(x)
         if step is None or reuse != "resolution":
-            step = Step.of(h, r, model.lead, SIDE, strategy)
+            step = Step.of(h, r, model.prefix, SIDE, strategy)
         attended = step.back(attend(block.attention, step.merge(h), step))
 
         def fed(h: Tensor, block: Any = block, own: Step = step) -> Tensor:
             if "mlp" not in branches:
                 return block.mlp(h)
             if reuse == "none":
-                own = Step.of(h, r, model.lead, SIDE, strategy)
+                own = Step.of(h, r, model.prefix, SIDE, strategy)
             return own.back(block.mlp(own.merge(h)))
 
         if block.kind == "pre":
@@ -170,10 +170,10 @@ def reference(
 
 MODELS: dict[str, Callable[[], ViT]] = {
     "pre-norm": ViT,
-    "class token": lambda: ViT(lead=1),
-    "registers": lambda: ViT(lead=5),
+    "class token": lambda: ViT(prefix=1),
+    "registers": lambda: ViT(prefix=5),
     "rotary": lambda: ViT(rotary=True),
-    "rotary, class token": lambda: ViT(lead=1, rotary=True),
+    "rotary, class token": lambda: ViT(prefix=1, rotary=True),
     "post-norm": lambda: ViT("post"),
     "parallel": lambda: ViT("parallel"),
     "parallel, summed first": lambda: ViT("parallel, summed first"),
@@ -224,18 +224,18 @@ def test_other_reuse_equals_the_reference_too(name: str, reuse: str) -> None:
 def test_all_proofs_hold(name: str) -> None:
     options = {"placement": "branch", "branches": ["attention", "mlp"]}
     proofs = prove(randomise(MODELS[name]()), images(), r=R, options=options).check()
-    lead = MODELS[name]().lead
-    assert [(site.lead, site.tail, site.grid) for site in proofs.matched] == [(lead, 0, (1, SIDE, SIDE))] * DEPTH
+    prefix = MODELS[name]().prefix
+    assert [(site.prefix, site.suffix, site.grid) for site in proofs.matched] == [(prefix, 0, (1, SIDE, SIDE))] * DEPTH
 
 
 @pytest.mark.parametrize("name", ["pre-norm", "class token", "post-norm"])
 def test_a_block_has_one_match_and_all_branches_end_ahead_of_their_residual_add(name: str) -> None:
-    found, lead = studied(name), MODELS[name]().lead
-    whole = (BATCH, lead + PATCHES, DIM)
+    found, prefix = studied(name), MODELS[name]().prefix
+    whole = (BATCH, prefix + PATCHES, DIM)
     for branches, each in (("attention", 1), ("both", 2)):
         variant = f"{branches}, mean"
         fused, restored = found.nodes(variant, FUSE), found.nodes(variant, RESTORE)
-        assert [node.args[3:7] for node in fused] == [(R, "mean", lead, 0)] * DEPTH
+        assert [node.args[3:7] for node in fused] == [(R, "mean", prefix, 0)] * DEPTH
         assert [list(node.args[7]) for node in fused] == [[1, SIDE, SIDE, 2, 0]] * DEPTH
         assert len(found.nodes(variant, REBASE)) == DEPTH * (each - 1)
         assert len(restored) == DEPTH * each
@@ -297,7 +297,7 @@ def test_sites_without_an_image_never_share_and_those_told_of_one_do() -> None:
         (lambda: ViT(depth=2), "branch"),
         (lambda: ViT(depth=3, out="image"), "branch"),
         (lambda: ViT(depth=3, out="layers"), "stream"),
-        (lambda: ViT(depth=2, lead=1, out="class"), "stream"),
+        (lambda: ViT(depth=2, prefix=1, out="class"), "stream"),
     ],
 )  # fmt: skip
 def test_auto_takes_branches_behind_few_sites_and_where_the_input_is_given_back(
@@ -308,7 +308,7 @@ def test_auto_takes_branches_behind_few_sites_and_where_the_input_is_given_back(
 
 
 def test_layers_that_a_dense_head_reads_come_out_whole_and_right() -> None:
-    model = randomise(ViT(lead=1, out="layers"))
+    model = randomise(ViT(prefix=1, out="layers"))
     found = study(model, images(), variants={"branch": branch(branches=["attention", "mlp"])}, proofs=False)
     expected = reference(model, images(), ["attention", "mlp"])
     assert isinstance(found.outputs["branch"], tuple)
@@ -409,7 +409,7 @@ def test_text_beside_the_image_is_never_merged(text_first: bool) -> None:
     model = randomise(Joint(text_first))
     text = torch.randn(BATCH, TEXT, DIM, generator=torch.Generator().manual_seed(9))
     found = study(model, images(), text, variants={"branch": branch()}, proofs=False)
-    assert [(site.tokens, site.lead, site.tail, site.r) for site in found.reducing("branch")] == [
+    assert [(site.tokens, site.prefix, site.suffix, site.r) for site in found.reducing("branch")] == [
         (PATCHES, 0, 0, R)
     ] * 3
     assert relative_error(found.outputs["branch"], joint_reference(model, images(), text)) < MEANING_TOLERANCE
@@ -422,7 +422,7 @@ def test_text_beside_the_image_is_never_merged(text_first: bool) -> None:
 
 @pytest.mark.parametrize("placing", [{}, {"seed": 3}, {"cell": 3}, {"match": "keys"}])
 def test_no_token_removed_gives_the_bits_of_the_untouched_model(placing: dict[str, Any]) -> None:
-    model = randomise(ViT(lead=1))
+    model = randomise(ViT(prefix=1))
     plan = tofu_fx.explain(model, images(), options={**EAGER, **branch(0.5, **placing)}).plan
     rows = [row.model_copy(update={"r": 0}) for row in plan.sites]
     expected = model(images())
@@ -442,13 +442,13 @@ def test_a_seed_keeps_other_tokens_and_the_same_on_every_run() -> None:
 
 
 def test_a_batch_of_one_equals_the_reference() -> None:
-    model = randomise(ViT(lead=1))
+    model = randomise(ViT(prefix=1))
     expected = model.norm(reference(model, images(1))[-1])
     assert relative_error(compiled(model, **branch())(images(1)), expected) < MEANING_TOLERANCE
 
 
 def test_a_symbolic_batch_compiles_once_and_is_right_at_every_size() -> None:
-    model, counter = randomise(ViT(lead=1)), CompileCounterWithBackend("eager")
+    model, counter = randomise(ViT(prefix=1)), CompileCounterWithBackend("eager")
 
     def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
         counter.frame_count += 1
@@ -465,7 +465,7 @@ def test_a_symbolic_batch_compiles_once_and_is_right_at_every_size() -> None:
 
 @pytest.mark.parametrize("inner_backend", ["aot_eager", "inductor"])
 def test_other_compilers_behind_it_agree(inner_backend: str) -> None:
-    model = randomise(ViT(lead=1, depth=1))
+    model = randomise(ViT(prefix=1, depth=1))
     options = branch(branches=["attention", "mlp"], inner_backend=inner_backend)
     expected = model.norm(reference(model, images(), ["attention", "mlp"])[-1])
     assert relative_error(compiled(model, **options)(images()), expected) < MEANING_TOLERANCE
@@ -482,7 +482,7 @@ def _gradients(call: Callable[[Tensor], Tensor], model: nn.Module) -> dict[str, 
 
 @pytest.mark.parametrize(("kind", "branches"), [("pre", "both"), ("post", "attention"), ("post", "both")])
 def test_gradient_equals_autograd_through_the_reference(kind: str, branches: str) -> None:
-    model = randomise(ViT(kind, lead=1)).train()
+    model = randomise(ViT(kind, prefix=1)).train()
     options = branch(branches=BRANCHES[branches], inner_backend="aot_eager")
     found = _gradients(compiled(model, **options), model)
     expected = _gradients(lambda x: model.norm(reference(model, x, BRANCHES[branches])[-1]), model)

@@ -99,13 +99,13 @@ def test_older_features_are_merged_as_the_stream_was_and_flags_follow_the_surviv
 AROUND = [(LEAD + 2, TAIL), (LEAD, TAIL + 1), (LEAD + 1, TAIL + 2), (0, TAIL), (LEAD, 0), (0, TAIL + 3), (LEAD + 2, 1)]
 
 
-@pytest.mark.parametrize(("lead", "tail"), AROUND)
-def test_other_protected_tokens_around_the_stream_keep_their_place_and_size(lead: int, tail: int) -> None:
-    run = run_with(lead, tail)
+@pytest.mark.parametrize(("prefix", "suffix"), AROUND)
+def test_other_protected_tokens_around_the_stream_keep_their_place_and_size(prefix: int, suffix: int) -> None:
+    run = run_with(prefix, suffix)
     wide = random(B, 9 + FREE + 9, C, seed=7)  # enough protected tokens for every run
-    part = slice(9 - lead, 9 + FREE + tail)
+    part = slice(9 - prefix, 9 + FREE + suffix)
     newest = random(B, 9 + FREE - sum(GONE) + 9, C, seed=8)
-    newest_part = slice(9 - lead, 9 + FREE - sum(GONE) + tail)
+    newest_part = slice(9 - prefix, 9 + FREE - sum(GONE) + suffix)
 
     def write(emit: Emitter, *nodes: Node) -> Any:
         stream, _ = reduced(emit, nodes[:4], "mean")
@@ -120,15 +120,17 @@ def test_other_protected_tokens_around_the_stream_keep_their_place_and_size(lead
     expected = Steps("mean")
     # The free tokens by the oracle; every protected one stands for itself, at its end of the run.
     free = expected.origin[1][:, LEAD : N - sum(GONE) - TAIL] - LEAD
-    ends = torch.arange(lead).expand(B, -1), torch.arange(lead + FREE, run.size).expand(B, -1)
-    assert same(kept, torch.cat([ends[0], free + lead, ends[1]], 1))
+    ends = torch.arange(prefix).expand(B, -1), torch.arange(prefix + FREE, run.size).expand(B, -1)
+    assert same(kept, torch.cat([ends[0], free + prefix, ends[1]], 1))
     weight = expected.size[1][:, LEAD : N - sum(GONE) - TAIL]
-    assert same(sizes, torch.cat([torch.ones(B, lead), weight, torch.ones(B, tail)], 1))
+    assert same(sizes, torch.cat([torch.ones(B, prefix), weight, torch.ones(B, suffix)], 1))
     own = expected.rebased(wide[:, 9 - LEAD : 9 + FREE + TAIL], "mean")[:, LEAD : N - sum(GONE) - TAIL]
-    torch.testing.assert_close(rebased, torch.cat([wide[:, 9 - lead : 9], own, wide[:, 9 + FREE : 9 + FREE + tail]], 1))
+    torch.testing.assert_close(
+        rebased, torch.cat([wide[:, 9 - prefix : 9], own, wide[:, 9 + FREE : 9 + FREE + suffix]], 1)
+    )
     back = expected.restored(newest[:, 9 - LEAD : 9 + FREE - sum(GONE) + TAIL], (False, False))[:, LEAD : N - TAIL]
-    behind = newest[:, 9 + FREE - sum(GONE) :][:, :tail]
-    torch.testing.assert_close(restored, torch.cat([newest[:, 9 - lead : 9], back, behind], 1))
+    behind = newest[:, 9 + FREE - sum(GONE) :][:, :suffix]
+    torch.testing.assert_close(restored, torch.cat([newest[:, 9 - prefix : 9], back, behind], 1))
 
 
 def test_keys_are_cut_to_the_tokens_of_the_stream_and_must_have_all_of_them() -> None:
@@ -148,7 +150,7 @@ def test_shuffling_loses_nothing_and_moves_no_protected_token() -> None:
         stream = Stream(OWN, (BATCH,))
 
         def shuffle(size: Node, gone: Any) -> Node:
-            new: Node = emit.call(torch.ops.tofu.permute_tokens.default, x, size, 5, OWN.lead, OWN.tail)
+            new: Node = emit.call(torch.ops.tofu.permute_tokens.default, x, size, 5, OWN.prefix, OWN.suffix)
             return new
 
         merged = stream.reduce(emit, x, shuffle, "prune", N, True).merged

@@ -22,9 +22,9 @@ TOKENS = Base("tokens", FREE, "token", 0)
 GONE = (3, 2)  # at the first reduction, and at the second
 
 
-def run_with(lead: int, tail: int) -> Atom:
+def run_with(prefix: int, suffix: int) -> Atom:
     """A run of the stream's tokens with other protected ones around them."""
-    return Atom(TOKENS, -lead, lead + FREE + tail)
+    return Atom(TOKENS, -prefix, prefix + FREE + suffix)
 
 
 OWN = run_with(LEAD, TAIL)
@@ -70,7 +70,7 @@ class Steps:
 
 def fusing(emit: Emitter, x: Node, match: Node, strategy: str) -> Callable[[Node, Any], Node]:
     """What writes the operator of a step."""
-    target, ends = torch.ops.tofu.fuse_tokens.default, (OWN.lead, OWN.tail)
+    target, ends = torch.ops.tofu.fuse_tokens.default, (OWN.prefix, OWN.suffix)
     return lambda size, gone: emit.call(target, x, match, size, gone, strategy, *ends)
 
 

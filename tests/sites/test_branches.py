@@ -89,7 +89,7 @@ def test_branches_are_entered_ahead_of_their_first_product(name: str) -> None:
         torch.testing.assert_close(found.values[branch.enter], value(found.model, x, text))
         assert (branch.dim, branch.place) == (1, 0)
     assert site.reduce_at is site.branches[0].enter
-    assert (site.placement, site.tokens, site.lead, site.tail, site.grid) == ("branch", N, 0, 0, None)
+    assert (site.placement, site.tokens, site.prefix, site.suffix, site.grid) == ("branch", N, 0, 0, None)
 
 
 def products(branch: Branch) -> int:
@@ -130,7 +130,7 @@ def test_image_and_protected_tokens_of_a_branch() -> None:
         return block(m, torch.cat([m.token.expand(B, -1, -1), image_tokens(m, image)], 1))[:, 1:]
 
     site = placed(traced(vit, torch.randn(B, 3, 6, 8)))
-    assert (site.tokens, site.lead, site.tail, site.image, site.grid) == (13, 1, 0, (1, 3, 4), (1, 3, 4))
+    assert (site.tokens, site.prefix, site.suffix, site.image, site.grid) == (13, 1, 0, (1, 3, 4), (1, 3, 4))
     hidden = traced(block, tokens())
     assert placed(hidden, grid=(4, 3)).grid == (1, 4, 3)  # the user knows what the graph does not show
     assert placed(hidden, grid=(4, 4)).grid is None  # of other tokens than these
@@ -148,7 +148,7 @@ def test_text_beside_an_image_is_protected(text_first: bool) -> None:
     found = traced(joined, x, text)
     site = placed(found)
     assert site.decline is None, site.decline
-    assert (site.tokens, site.lead, site.tail) == (N + TEXT, *((TEXT, 0) if text_first else (0, TEXT)))
+    assert (site.tokens, site.prefix, site.suffix) == (N + TEXT, *((TEXT, 0) if text_first else (0, TEXT)))
     torch.testing.assert_close(
         found.values[site.reduce_at], found.model.norm(torch.cat([text, x] if text_first else [x, text], 1))
     )

@@ -48,7 +48,7 @@ def test_stream_may_shrink_where_the_branch_has_been_added(name: str) -> None:
     site = placed(found)
     assert site.decline is None, site.decline
     torch.testing.assert_close(found.values[site.reduce_at], expected(found.model, tokens()))
-    assert (site.tokens, site.lead, site.tail, site.placement) == (N, 0, 0, "stream")
+    assert (site.tokens, site.prefix, site.suffix, site.placement) == (N, 0, 0, "stream")
 
 
 def within(m: Model, x: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def test_tokens_that_are_no_ordinary_ones_are_protected(name: str) -> None:
     how, ends = PROTECTED[name]
     site = placed(traced(how, tokens()))
     assert site.decline is None, site.decline
-    assert (site.lead, site.tail) == ends
+    assert (site.prefix, site.suffix) == ends
     assert site.free == site.tokens - sum(ends)
 
 
@@ -114,7 +114,7 @@ def test_image_that_the_tokens_come_from_is_known_without_its_class_token() -> N
         return block(m, with_token(m, m.patches(image).flatten(2).transpose(1, 2)))[:, 0]
 
     site = placed(traced(vit, torch.randn(B, 3, 6, 10)))
-    assert (site.tokens, site.lead, site.image) == (16, 1, (1, 3, 5))
+    assert (site.tokens, site.prefix, site.image) == (16, 1, (1, 3, 5))
     assert placed(traced(block, tokens())).image is None
 
 

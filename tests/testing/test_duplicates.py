@@ -54,14 +54,14 @@ class Behind(nn.Module):
 def test_copies_merge_without_loss_behind_the_embeddings_of(name: str) -> None:
     entry = ZOO[name]
     model: Any = entry.model()
-    lead = entry.protected[0]
+    prefix = entry.protected[0]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, entry.tokens, model.embed_dim, generator=generator)
-    x = torch.cat([x[:, :lead], repeated(x[:, lead:], 3)], 1)
+    x = torch.cat([x[:, :prefix], repeated(x[:, prefix:], 3)], 1)
     lost = losses(Behind(model), x)
     assert set(lost) == set(VARIANTS)
     assert max(lost.values()) < PERMUTATION_TOLERANCE, lost
-    other = torch.cat([x[:, :lead], torch.randn(x[:, lead:].shape, generator=generator)], 1)
+    other = torch.cat([x[:, :prefix], torch.randn(x[:, prefix:].shape, generator=generator)], 1)
     assert min(losses(Behind(model), other).values()) > 1e-4
 
 

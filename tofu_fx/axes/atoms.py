@@ -6,8 +6,8 @@ patches of a ViT are ``Atom(patches, 0, 196)``, and ``cat([class_token, patches]
 that the tokens ahead of position 0 are the prefix, and slicing the prefix off gives the patches back.
 
 A *token base* is the base of a stream whose length the compiler may change. Its position 0 is the first token that
-may be reduced. Positions before it (the lead) and after its ``size`` (the tail) are protected. An atom of a token base
-that covers all the reducible positions is *carried*; one that would cut through them is a barrier.
+may be reduced. Positions before it (the prefix) and after its ``size`` (the suffix) are protected. An atom of a token
+base that covers all the reducible positions is *carried*; one that would cut through them is a barrier.
 
 Sizes here are hints (plain ints) to look at: a symbolic size is never specialised by this module. Code that needs the
 symbol takes it from the graph (``aten.sym_size``).
@@ -58,12 +58,12 @@ class Atom:
         return self.base.kind == "token"
 
     @property
-    def lead(self) -> int:
+    def prefix(self) -> int:
         """Protected tokens ahead of the reducible ones."""
         return -self.offset
 
     @property
-    def tail(self) -> int:
+    def suffix(self) -> int:
         """Protected tokens after the reducible ones."""
         return self.offset + self.size - self.base.size
 

@@ -73,11 +73,11 @@ class Samples:
         for dim in axes:
             atoms: list[Atom] = []
             for atom in dim:
-                before, lead = self.tokens.get(atom.base.stream, ((), 0)) if atom.is_token else ((atom,), 0)
-                if not atom.is_token or (dim_size(before), lead) == (atom.size, atom.lead):
+                before, prefix = self.tokens.get(atom.base.stream, ((), 0)) if atom.is_token else ((atom,), 0)
+                if not atom.is_token or (dim_size(before), prefix) == (atom.size, atom.prefix):
                     atoms += before
                 elif len(before) == 1:
-                    atoms.append(Atom(before[0].base, before[0].offset + atom.offset + lead, atom.size))
+                    atoms.append(Atom(before[0].base, before[0].offset + atom.offset + prefix, atom.size))
                 else:
                     return None
             result.append(tuple(atoms))

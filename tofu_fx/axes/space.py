@@ -193,9 +193,9 @@ class Space:
             part = whole[0][0]  # what was concatenated comes out again
         if not atom.is_token:
             return (part,) if step == 1 else self.fresh(f"{atom.base.name}::{step}", -(-(stop - start) // step))
-        if part.lead >= 0 and part.tail >= 0 and step == 1:
+        if part.prefix >= 0 and part.suffix >= 0 and step == 1:
             return (part,)
-        if stop <= atom.lead or start >= atom.size - atom.tail:
+        if stop <= atom.prefix or start >= atom.size - atom.suffix:
             return self.fresh("protected", -(-(stop - start) // step))
         raise Barrier(f"positions {start}:{stop}:{step} of the {atom.size} tokens are taken")
 
@@ -203,7 +203,7 @@ class Space:
         """The dimension of a concatenation, from (dimension, size, depends on the input) of each part.
 
         Runs of one base that follow each other join. Parts that do not depend on the input (class, register and
-        distillation tokens) extend the run of the one that does: they become its lead and tail.
+        distillation tokens) extend the run of the one that does: they become its prefix and suffix.
         """
         atoms = [self.flat(dim) for dim, _, _ in parts]
         runs = [i for i, atom in enumerate(atoms) if atom is not None and (atom.is_token or parts[i][2])]

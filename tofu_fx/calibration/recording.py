@@ -61,7 +61,7 @@ class Recorder(Reducer):
         site, metrics = step.site, {step.site.match: step.match}
         for kind in get_args(Match):
             # On a stream, which has few tokens, matching is a small part of the time: nothing to sketch for.
-            if kind != site.match and (kind != "sketch" or (site.placement == "branch" and folds(site.dim) > 1)):
+            if kind != site.match and (kind != "sketch" or (site.placement == "branch" and folds(site.width) > 1)):
                 with suppress(Barrier):
                     metrics[kind] = step.other(kind)
         fuse = super().fuse(emit, step)

@@ -49,7 +49,7 @@ def removed(site: Planned, share: float) -> int:
 
 def free_tokens(site: Planned, tokens: int) -> int:
     """Of the tokens that arrive, those that are not protected."""
-    return max(tokens - site.lead - site.tail, 1)
+    return max(tokens - site.prefix - site.suffix, 1)
 
 
 @dataclass(frozen=True)

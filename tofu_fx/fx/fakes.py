@@ -2,9 +2,9 @@
 
 ``FakeTensorMode`` takes from half a millisecond to ten to compute an op on shapes that it has not met, and every layer
 after a reduction has shapes of its own. Nearly all of that goes into cases that are rare: constants, sizes that
-depend on data, kernels that lay out their result by device. For the ops named here the mode ends with the op's own meta kernel
-on the inputs as they are, so that kernel is asked at once. Anything else, and anything unusual about the inputs, is
-left to the mode. ``tests/fx/test_fakes.py`` holds the two against each other on every op of many models.
+depend on data, kernels that lay out their result by device. For the ops named here the mode ends with the op's own
+meta kernel on the inputs as they are, so that kernel is asked at once. Anything else, and anything unusual about the
+inputs, is left to the mode. ``tests/fx/test_fakes.py`` holds the two against each other on every op of many models.
 """
 
 from __future__ import annotations

@@ -46,8 +46,8 @@ def _check_sites(rows: Sequence[PlanRow], sites: Sequence[Planned]) -> None:
             raise PlanError(f"{counts}: {shown(rows[i].id)} is not in it")
         if i >= len(rows):
             raise PlanError(f"{counts}: it says nothing of {shown(sites[i].id)}")
-        for key in ("id", "heads", "dim"):
-            got, wanted = getattr(sites[i], key), getattr(rows[i], key)
+        for key, attribute in (("id", "id"), ("heads", "heads"), ("dim", "width")):
+            got, wanted = getattr(sites[i], attribute), getattr(rows[i], key)
             if got != wanted:
                 raise PlanError(
                     f"the plan is of another model: site {i} has {key} {shown(got)} in the graph, "
@@ -62,7 +62,7 @@ def _check_counts(rows: Sequence[PlanRow], sites: Sequence[Planned]) -> None:
         if passage.removed > cap:
             raise PlanError(
                 f"the plan takes {passage.removed} tokens at {shown(site.id)}, but of the {passage.arriving} that "
-                f"arrive there (of which {site.lead + site.tail} are protected) at most {cap} can go at once"
+                f"arrive there (of which {site.prefix + site.suffix} are protected) at most {cap} can go at once"
             )
 
 
@@ -73,7 +73,7 @@ def _as_shares(rows: Sequence[PlanRow], sites: Sequence[Planned]) -> list[PlanRo
     behind = {site.id: passage.leaving for site, passage in planned}
 
     def removes(site: Planned, arriving: int) -> int:
-        protected = site.lead + site.tail
+        protected = site.prefix + site.suffix
         share = (behind[site.id] - protected) / max(row_of[site.id].tokens - protected, 1)
         keep = protected + round(share * (site.tokens - protected))
         return max(0, min(arriving - keep, site.cap(arriving)))

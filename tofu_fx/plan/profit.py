@@ -92,12 +92,12 @@ def _seconds(sites: Sequence[Planned], work: Sequence[Work], rates: Rates, remov
         counts.append(passage.leaving)
         if passage.removed:
             value = site.reduce_at.meta["val"]
-            rows = math.prod(hint(size) for size in value.shape) / sites[0].tokens / site.dim
-            free = passage.arriving - site.lead - site.tail
-            moved = 2 * rows * passage.arriving * site.dim * value.element_size()
-            features = site.dim if site.placement == "branch" else site.dim / site.heads
+            rows = math.prod(hint(size) for size in value.shape) / sites[0].tokens / site.width
+            free = passage.arriving - site.prefix - site.suffix
+            moved = 2 * rows * passage.arriving * site.width * value.element_size()
+            features = site.width if site.placement == "branch" else site.width / site.heads
             if site.match == "sketch":
-                features = site.dim / folds(site.dim)
+                features = site.width / folds(site.width)
             matching = matching_flops(rows, free, features, site.cells)
             total += rates.reduction + matching / rates.flops + moved / rates.bytes
     return total + sum(item.flops * (counts[item.after] / counts[0]) ** item.exponent / rates.flops for item in work)

@@ -46,7 +46,7 @@ class Spread(_Record):
 class PlanRow(_Record):
     """What happens at one site.
 
-    ``graph`` (which of the model's Dynamo graphs), ``id``, ``tokens``, ``heads`` and ``dim`` identify the site;
+    ``graph`` (which of the model's Dynamo graphs), ``id``, ``tokens``, ``heads`` and ``dim`` (the width of all heads together) identify the site;
     ``strategy``, ``match`` (what tokens are compared by) and ``r`` are the decision, as is the ``placement``: with
     "branch" the ``branches`` of the block that run on fewer tokens, and the side of the ``cell`` of which one token
     stays (``grid`` is height and width of the image). The rest is what calibration measured there, None or empty in
@@ -84,7 +84,7 @@ class PlanRow(_Record):
             module_path=site.module_path,
             tokens=site.tokens,
             heads=site.heads,
-            dim=site.dim,
+            dim=site.width,
             strategy=site.strategy,  # type: ignore[arg-type]
             match=site.match,  # type: ignore[arg-type]
             r=site.r,

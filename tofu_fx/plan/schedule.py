@@ -47,14 +47,14 @@ def _planned(site: Planned, decision: Decision, passage: Passage) -> Planned:
     strategy, match, r = decision
     notes, count, cap = site.notes, passage.arriving, site.cap(passage.arriving)
     if r > cap and site.cells:
-        free = count - site.lead - site.tail
+        free = count - site.prefix - site.suffix
         notes = (
             *notes,
             f"r = {r} capped at {cap}: of {free} tokens one in each cell of {site.cell} x {site.cell} stays, so a "
             f"ratio of {cap / free:.2f} is the most; a larger 'cell' allows more",
         )
     elif r > cap:
-        notes = (*notes, f"r = {r} capped at {cap}: {count} tokens, {site.lead + site.tail} of them protected")
+        notes = (*notes, f"r = {r} capped at {cap}: {count} tokens, {site.prefix + site.suffix} of them protected")
     return replace(
         site, strategy=strategy, match=match, r=passage.removed, notes=notes,
         tokens_in=count, tokens_out=passage.leaving,
@@ -91,7 +91,7 @@ def _wanted(members: Sequence[Planned], matched: Sequence[Planned], options: Opt
         return [options.r] * len(members)
     ratio = DEFAULT_RATIO if options.ratio is None else options.ratio
     if members[0].placement == "branch":
-        return [round(ratio * (site.tokens - site.lead - site.tail)) for site in members]
+        return [round(ratio * (site.tokens - site.prefix - site.suffix)) for site in members]
     return spread(members[0].tokens, ratio, len(members))
 
 
@@ -105,7 +105,7 @@ def default_match(site: Planned) -> str:
     """What a site's tokens are compared by where nobody says: the keys; ahead of an attention there are none yet."""
     if site.placement == "stream":
         return "keys"
-    return "sketch" if folds(site.dim) > 1 else "features"
+    return "sketch" if folds(site.width) > 1 else "features"
 
 
 def _strategy(options: Options, depth: int, layers: int, placement: str) -> str:

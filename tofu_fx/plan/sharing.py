@@ -18,7 +18,7 @@ def shared_matches(sites: Sequence[Planned], reuse: Reuse) -> Mapping[str, str]:
     shares = {}
     for site in sites if reuse == "resolution" else ():
         if site.placement == "branch" and site.grid is not None:
-            owner = first.setdefault((site.cells, site.lead, site.tail, site.r), site.id)
+            owner = first.setdefault((site.cells, site.prefix, site.suffix, site.r), site.id)
             if owner != site.id:
                 shares[site.id] = owner
     return shares

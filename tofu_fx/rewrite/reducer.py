@@ -50,7 +50,7 @@ class Reducer:
 
     def fuse(self, emit: Emitter, step: Step) -> Node:
         """Append the operator of a step."""
-        grid, ends = [list(step.site.cells)] if step.site.cells else [], (step.run.lead, step.run.tail)
+        grid, ends = [list(step.site.cells)] if step.site.cells else [], (step.run.prefix, step.run.suffix)
         target, strategy = torch.ops.tofu.fuse_tokens.default, step.site.strategy
         new: Node = emit.call(target, step.x, step.match, step.size, step.gone, strategy, *ends, *grid)
         return new

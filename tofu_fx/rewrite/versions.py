@@ -98,7 +98,7 @@ class Stream:
     def sizes_of(self, emit: Emitter, version: int, run: Atom) -> Node:
         """Sizes of the tokens of a run: the stream's own with protected tokens (of size 1) cut off or put on."""
         size = self.versions[version - 1].size
-        ahead, behind = run.lead - self.run.lead, run.tail - self.run.tail
+        ahead, behind = run.prefix - self.run.prefix, run.suffix - self.run.suffix
         size = self._cut(emit, size, 1, ahead, behind)
         if ahead > 0 or behind > 0:
             size = emit.once(aten.constant_pad_nd.default, size, (max(ahead, 0), max(behind, 0)), 1.0)
@@ -107,7 +107,7 @@ class Stream:
     def kept(self, emit: Emitter, version: int, run: Atom) -> Node:
         """For each token of a run at a version, the original token (version 0) whose place it holds, ``[B, N]``."""
         index = self._composed(emit, version)
-        ahead, behind = run.lead - self.run.lead, run.tail - self.run.tail
+        ahead, behind = run.prefix - self.run.prefix, run.suffix - self.run.suffix
         index = self._cut(emit, index, 1, ahead, behind)
         index = emit.once(aten.add.Scalar, index, ahead) if ahead else index
         if ahead <= 0 and behind <= 0:
@@ -138,7 +138,7 @@ class Stream:
 
     def trim(self, emit: Emitter, node: Node, run: Atom) -> Node:
         """A canonical tensor over ``run`` cut to the stream's own run (keys with an extra null token)."""
-        ahead, behind = self.run.lead - run.lead, self.run.tail - run.tail
+        ahead, behind = self.run.prefix - run.prefix, self.run.suffix - run.suffix
         if ahead > 0 or behind > 0:
             raise Barrier("the keys lack protected tokens that the stream has")
         return self._cut(emit, node, 1, ahead, behind)
@@ -172,7 +172,7 @@ class Stream:
         Protected tokens that the stream lacks go around it. Those that ``run`` lacks are zeros meanwhile: protected
         tokens are never merged with others, so they spoil nothing.
         """
-        ahead, behind = run.lead - self.run.lead, run.tail - self.run.tail
+        ahead, behind = run.prefix - self.run.prefix, run.suffix - self.run.suffix
         own = self._cut(emit, x, 1, -ahead, -behind)
         if ahead < 0 or behind < 0:
             own = emit.call(aten.constant_pad_nd.default, own, (0, 0, max(-ahead, 0), max(-behind, 0)), 0.0)

@@ -63,8 +63,8 @@ def place_branches(
             continue
         add, branch = found
         run = _run_of(branch.enter, tokens, plain)
-        lead, tail = _outside(run, tokens, plain)
-        free = run.size - lead - tail
+        prefix, suffix = _outside(run, tokens, plain)
+        free = run.size - prefix - suffix
         image = image_of(tokens, free, plain)
         place = advanced(
             Placed,
@@ -73,8 +73,8 @@ def place_branches(
             reduce_at=branch.enter,
             tokens=run.size,
             kinds=tuple(kinds),
-            lead=lead,
-            tail=tail,
+            prefix=prefix,
+            suffix=suffix,
             image=image,
             grid=(1, *grid) if grid and grid[0] * grid[1] == free else image,
             branches=(branch, *_next_branches(add, tokens, run, plain, order, kinds, others)),
@@ -135,11 +135,11 @@ def _next_branches(
         meeting = _next_add(add, tokens, plain, order)
         if meeting is None:
             return found
-        following, skip, tail = meeting
-        enter = _entry([tail], skip, tokens, plain, order)
+        following, skip, end = meeting
+        enter = _entry([end], skip, tokens, plain, order)
         if enter is None:
             return found
-        branch = _branch("mlp", enter, tail, tokens, plain, order)
+        branch = _branch("mlp", enter, end, tokens, plain, order)
         if any(node in others for node in branch.inside):
             return found
         if any(is_op(node, "scaled_dot_product_attention", "softmax") for node in branch.inside):

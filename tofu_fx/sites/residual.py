@@ -38,9 +38,11 @@ def place_site(site: Found, plain: AxisTracer, order: dict[Node, int]) -> Placed
         if joins:
             if len(token_places(plain, node, keys)) != 1:
                 return Declined(site, Decline(_not_of_the_stream(site, node), node))
-            lead, tail = protected(keys, plain)
-            free = site.tokens - lead - tail
-            place = advanced(Placed, site, reduce_at=node, lead=lead, tail=tail, image=image_of(keys, free, plain))
+            prefix, suffix = protected(keys, plain)
+            free = site.tokens - prefix - suffix
+            place = advanced(
+                Placed, site, reduce_at=node, prefix=prefix, suffix=suffix, image=image_of(keys, free, plain)
+            )
             return place if free >= 2 else too_few(place)
         reached.add(node)
     reason = "no add joins the attention with the tokens that its queries come from"
@@ -49,7 +51,7 @@ def place_site(site: Found, plain: AxisTracer, order: dict[Node, int]) -> Placed
 
 def too_few(site: Placed) -> Declined:
     """The site declined, because what is not protected is one token or none."""
-    reason = f"too few tokens: {site.tokens}, of which {site.lead + site.tail} are protected"
+    reason = f"too few tokens: {site.tokens}, of which {site.prefix + site.suffix} are protected"
     return Declined(site, Decline(reason, site.reduce_at))
 
 
@@ -157,7 +159,7 @@ def protected(tokens: Atom, plain: AxisTracer) -> tuple[int, int]:
     Ahead: what was concatenated that does not depend on the input (the run's positions outside of its base).
     After: what the graph later takes by position near an end (class token, registers, detection tokens).
     """
-    lead, tail = max(0, tokens.lead), max(0, tokens.tail)
+    prefix, suffix = max(0, tokens.prefix), max(0, tokens.suffix)
     for node in plain.graph.nodes:
         if not is_op(node, "select", "slice"):
             continue
@@ -177,7 +179,7 @@ def protected(tokens: Atom, plain: AxisTracer) -> tuple[int, int]:
         shift = atom.offset - tokens.offset
         near = max(1, min(_NEAR_THE_END, tokens.size // 4))
         if last + shift < near:
-            lead = max(lead, last + shift + 1)
+            prefix = max(prefix, last + shift + 1)
         elif first + shift >= tokens.size - near:
-            tail = max(tail, tokens.size - first - shift)
-    return lead, tail
+            suffix = max(suffix, tokens.size - first - shift)
+    return prefix, suffix

@@ -75,7 +75,7 @@ class Branch:
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """An attention over tokens (find_attention). ``dim`` is the width of all heads together."""
+    """An attention over tokens (find_attention). ``width`` is that of all heads together."""
 
     id: str
     module_path: str
@@ -83,7 +83,7 @@ class Found:
     #: how many there are in the untouched graph
     tokens: int
     heads: int
-    dim: int
+    width: int
     #: whether a mask hides tokens from all others alike: these must not be merged with the ones that are seen
     padding: bool = False
     #: what is to be reported as a warning, beside any decision
@@ -105,14 +105,14 @@ class Placed(Found):
     """A site whose tokens can be reduced, and where (choose_placement, detach_entries, follow_streams).
 
     ``placement`` "stream" reduces the residual stream after the attention's add (``reduce_at``); "branch" reduces the
-    input of the attention (``reduce_at``), and of the other ``branches`` of its block with the same match. ``lead``
-    and ``tail`` count the protected tokens at either end; ``grid`` is (frames, height, width) of the free tokens where
-    they are an image's.
+    input of the attention (``reduce_at``), and of the other ``branches`` of its block with the same match. ``prefix``
+    and ``suffix`` count the protected tokens at either end; ``grid`` is (frames, height, width) of the free tokens
+    where they are an image's.
     """
 
     reduce_at: Node
-    lead: int
-    tail: int
+    prefix: int
+    suffix: int
     placement: Literal["stream", "branch"] = "stream"
     stream: int = -1
     branches: tuple[Branch, ...] = ()
@@ -125,7 +125,7 @@ class Placed(Found):
     @property
     def free(self) -> int:
         """Tokens that are not protected."""
-        return self.tokens - self.lead - self.tail
+        return self.tokens - self.prefix - self.suffix
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -157,8 +157,8 @@ class Planned(Placed):
         Of a grid all but one in each cell.
         """
         if self.cells and tokens == self.tokens:
-            return max_reduction(tokens, self.lead, self.tail, self.cells)
-        free = max(tokens - self.lead - self.tail, 0)
+            return max_reduction(tokens, self.prefix, self.suffix, self.cells)
+        free = max(tokens - self.prefix - self.suffix, 0)
         # If every candidate must go, the one at the edge of the padding has to cross it.
         return max(free - 1, 0) // 2 if self.padding else free // 2
 
@@ -201,9 +201,9 @@ class Declined:
         return self.site.heads
 
     @property
-    def dim(self) -> int:
+    def width(self) -> int:
         """Width of all heads together."""
-        return self.site.dim
+        return self.site.width
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -63,8 +63,8 @@ def _entry(tracer: AxisTracer, site: Planned, branch: Branch | None, owner: str,
         match=site.match if own else "features",
         r=site.r,
         tokens=run.size,
-        lead=run.lead,
-        tail=run.tail,
+        prefix=run.prefix,
+        suffix=run.suffix,
         grid=site.cells,
         masked=_is_masked(site.attention),
         where=Where(_span(axes, run), tuple(_span(axes, atom) for atom in samples)),
@@ -112,7 +112,7 @@ def _vectors(
     axes = tracer.of(node)
     place, feature = place % len(axes), feature % len(axes)
     atom = next((atom for atom in axes[place] if atom.is_token), None)
-    ahead = atom.lead - run.lead if atom is not None else _null_tokens(tracer, site, node, place)
+    ahead = atom.prefix - run.prefix if atom is not None else _null_tokens(tracer, site, node, place)
     return Vectors(node.name, _where(axes, place, samples, ahead), feature)
 
 

@@ -110,21 +110,21 @@ def partners_of(free: int, grid: tuple[int, ...]) -> Tensor:
     return (row % cell == 0) & (column % cell == 0)
 
 
-def join(chief: Tensor, score: list[Tensor], r: int, lead: int, tail: int, grid: tuple[int, ...]) -> Tensor:
+def join(chief: Tensor, score: list[Tensor], r: int, prefix: int, suffix: int, grid: tuple[int, ...]) -> Tensor:
     """One reduction: the groups ``[B, N]`` that result from groups ``[B, N]``.
 
     Args:
         chief: the groups so far.
         score: for each sample ``[N, N]``, the similarity of all tokens.
         r: how many of the tokens that stand for others or themselves go.
-        lead: tokens at the start that take no part.
-        tail: tokens at the end that take no part.
+        prefix: tokens at the start that take no part.
+        suffix: tokens at the end that take no part.
         grid: see ``partners_of``.
     """
     joined = chief.clone()
     for b, groups in enumerate(chief):
         alive = groups.unique()  # ascending: survivors keep the order of the stream
-        free = alive[lead : len(alive) - tail]
+        free = alive[prefix : len(alive) - suffix]
         for goes, stays in choose(score[b][free][:, free], r, partners_of(len(free), grid)):
             joined[b, groups == free[goes]] = free[stays]
     return joined

@@ -247,7 +247,7 @@ class Reduced(Running):
             metric = metric.expand(len(before), -1, -1)
         valid = valid.expand(len(before), -1) if valid is not None else None
         score = [similarity(m, None if valid is None else valid[b]) for b, m in enumerate(metric)]
-        return join(before, score, entry.r, entry.lead, entry.tail, entry.grid)
+        return join(before, score, entry.r, entry.prefix, entry.suffix, entry.grid)
 
     def _vectors(self, entry: Entry, vectors: Vectors) -> Tensor:
         """Queries or keys as ``[B, N, D, heads]``."""

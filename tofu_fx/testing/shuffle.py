@@ -19,7 +19,7 @@ class Shuffler(Reducer):
 
     def fuse(self, emit: Emitter, step: Step) -> Node:
         """Append the operator that shuffles, see `tofu::permute_tokens`."""
-        ends = step.run.lead, step.run.tail
+        ends = step.run.prefix, step.run.suffix
         new: Node = emit.call(torch.ops.tofu.permute_tokens.default, step.x, step.size, step.seed, *ends)
         return new
 

@@ -77,8 +77,8 @@ class Entry:
     match: str
     r: int
     tokens: int
-    lead: int
-    tail: int
+    prefix: int
+    suffix: int
     grid: tuple[int, ...]
     masked: bool
     where: Where

@@ -20,7 +20,7 @@ def select(known: Known, node: Node) -> Carried:
         if not isinstance(index, int) or atom is None:
             raise Barrier("a token is taken by a computed position")
         index %= atom.size
-        if atom.lead <= index < atom.size - atom.tail:
+        if atom.prefix <= index < atom.size - atom.suffix:
             raise Barrier(f"token {index} is taken by its position")
     return carried(axes[:d] + axes[d + 1 :], drops=has_tokens(axes[d]))
 
