@@ -134,6 +134,14 @@ def test_keys_that_carry_the_tokens_of_two_streams_are_matched_by_neither() -> N
     assert verdict.reduced
 
 
+def test_a_query_that_hides_all_keys_from_itself_sees_each_member_of_a_group() -> None:
+    """Found by seed 202, case 83: where all scores are hidden, log(size) was lost beside -1e9."""
+    spec = Spec(attention="matmul", softmax="self masked", positions="none", prefix=0, pooling="mean")
+    verdict = check(Case(spec, batch=1, duplicates=True))
+    assert not verdict.failure
+    assert verdict.reduced
+
+
 def test_a_fault_in_the_compiler_is_found_and_made_simple(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rewriter, "attention_bias", lambda *args: None)  # log(size) is forgotten
 

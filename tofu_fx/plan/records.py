@@ -46,14 +46,14 @@ class Spread(_Record):
 class PlanRow(_Record):
     """What happens at one site.
 
-    ``graph`` (which of the model's Dynamo graphs), ``id``, ``tokens``, ``heads`` and ``dim`` (the width of all heads together) identify the site;
-    ``strategy``, ``match`` (what tokens are compared by) and ``r`` are the decision, as is the ``placement``: with
-    "branch" the ``branches`` of the block that run on fewer tokens, and the side of the ``cell`` of which one token
-    stays (``grid`` is height and width of the image). The rest is what calibration measured there, None or empty in
-    other plans: the ``linearity`` of the branch after the site between samples (arXiv 2312.01026) and between the
-    tokens that would be merged (``pair_linearity``), the ``error`` at the model's output that is attributed to this
-    site, and the ``reason`` for the decision in words. ``stream`` is the number of the stream that the site is of, in
-    its graph: only for counting tokens in reports.
+    ``graph`` (which of the model's Dynamo graphs), ``id``, ``tokens``, ``heads`` and ``dim`` (the width of all
+    heads together) identify the site; ``strategy``, ``match`` (what tokens are compared by) and ``r`` are the
+    decision, as is the ``placement``: with "branch" the ``branches`` of the block that run on fewer tokens, and the
+    side of the ``cell`` of which one token stays (``grid`` is height and width of the image). The rest is what
+    calibration measured there, None or empty in other plans: the ``linearity`` of the branch after the site between
+    samples (arXiv 2312.01026) and between the tokens that would be merged (``pair_linearity``), the ``error`` at
+    the model's output that is attributed to this site, and the ``reason`` for the decision in words. ``stream`` is
+    the number of the stream that the site is of, in its graph: only for counting tokens in reports.
     """
 
     graph: int = Field(default=0, ge=0, le=MOST)

@@ -13,7 +13,7 @@ from tofu_fx.fx.op_families import SOFTMAX
 from tofu_fx.rewrite.companions import scores_dims
 from tofu_fx.rewrite.context import RewriteContext
 from tofu_fx.rewrite.layout import Emitter, align, aten
-from tofu_fx.sites.masks import sides
+from tofu_fx.sites.masks import is_masked_by_itself, sides
 from tofu_fx.sites.site import Declined
 
 
@@ -111,6 +111,6 @@ def _hides(context: RewriteContext, node: Node) -> bool:
     """Whether the masks of an attention may hide all keys from a query: for a site it was judged, else it may be."""
     for site in context.sites:
         if node in (site.attention.node, site.attention.softmax):
-            may = isinstance(site, Declined) or site.padding
+            may = isinstance(site, Declined) or site.padding or is_masked_by_itself(site.attention)
             return may and any(side.meta["val"].numel() != 1 for side in sides(site.attention))
     return True

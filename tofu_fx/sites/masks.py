@@ -49,6 +49,21 @@ def sides(attention: Attention) -> list[Node]:
     return list(dict.fromkeys([*found, *_joined(attention.way), *_joined(attention.after)]))
 
 
+def is_masked_by_itself(attention: Attention) -> bool:
+    """Whether the scores of an attention decide what is hidden (those below 0, say): then any query may see no key."""
+    if attention.scores is None:
+        return False
+    aside, todo, seen = set(sides(attention)), [attention.scores], {attention.scores}
+    while todo:
+        for user in todo.pop().users:
+            if user in aside:
+                return True
+            if user is not attention.softmax and user not in seen:
+                seen.add(user)
+                todo.append(user)
+    return False
+
+
 def _joined(way: Sequence[Node]) -> list[Node]:
     return [value for node in way[1:] for value in tensor_inputs(node) if value not in way]
 
