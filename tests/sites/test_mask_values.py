@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.sites.tracing import B, Model, N, Traced, tokens, traced
-from tofu_fx.sites.masks import FAR_BELOW, Masks, visible
+from tofu_fx.sites.mask_values import FAR_BELOW, visible
+from tofu_fx.sites.masks import Masks
 
 Q, K = torch.arange(N)[:, None], torch.arange(N)
 ALL, CAUSAL, NEAR, DOCUMENTS = torch.ones(N, N).bool(), K <= Q, (Q - K).abs() < 3, Q // 4 == K // 4

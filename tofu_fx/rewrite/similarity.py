@@ -16,7 +16,7 @@ from tofu_fx.rewrite.companions import is_one, scores_dims
 from tofu_fx.rewrite.context import RewriteContext
 from tofu_fx.rewrite.layout import Layout, aten, shape_of
 from tofu_fx.rewrite.versions import Stream
-from tofu_fx.sites.masks import FAR_BELOW
+from tofu_fx.sites.mask_values import FAR_BELOW
 from tofu_fx.sites.site import Planned
 
 

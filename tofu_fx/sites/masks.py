@@ -9,36 +9,39 @@ others (zeros, ones, random flags, running numbers) for the calls that are to co
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
 
 from tofu_fx.axes.atoms import Barrier, hint
 from tofu_fx.fx.nodes import argument, is_alias, is_mutable, is_op, tensor_inputs
 from tofu_fx.fx.op_families import REGROUPINGS, SHAPE_ONLY, TURNS, WORK
 from tofu_fx.sites.guards import Guard
+from tofu_fx.sites.mask_values import (
+    ORDER,
+    REPLACEMENTS,
+    Held,
+    Hides,
+    Unknown,
+    along,
+    attribute,
+    blank_of,
+    hides_in,
+    is_alike,
+    is_tensor,
+    run,
+    visible,
+)
 from tofu_fx.sites.site import Attention
 
-#: ordered: nothing is hidden; tokens are hidden from all alike (padding); some from some; it cannot be seen; too many
-#: nodes make the mask to follow them; later tokens are hidden from earlier ones
-Hides = Literal["nothing", "keys", "pairs", "unseen", "far", "later"]
-_ORDER: tuple[Hides, ...] = ("nothing", "keys", "pairs", "unseen", "far", "later")
-
-#: A key is hidden from a query if its logit is so far below the highest: exp(-46) = 1e-20 of the weight
-FAR_BELOW = 46.0
 #: nodes of a mask's making that are followed
 MOST_OF_A_MASK = 400
 _WORK = WORK | {"conv2d", "conv1d"}
 _MOVES = REGROUPINGS | TURNS | {"linear"}
-
-
-class _Unknown(Exception):
-    """The mask's values cannot be computed here."""
 
 
 def sides(attention: Attention) -> list[Node]:
@@ -105,23 +108,23 @@ class Masks:
 
     def _judge(self, attention: Attention, tokens: int, ahead: int) -> Hides:
         making = self._making(attention)
-        inputs = [n for n in making if n in self._inputs and n not in self.model_state and _is_tensor(n)]
+        inputs = [n for n in making if n in self._inputs and n not in self.model_state and is_tensor(n)]
         if len(making) > MOST_OF_A_MASK:
             return "far"
         try:
-            found = [_hides(self._sees(attention, tokens, making, {}), ahead)]
+            found = [hides_in(self._sees(attention, tokens, making, {}), ahead)]
             examples = {node: self._example(node) for node in inputs}
-        except _Unknown:
+        except Unknown:
             return "unseen"
-        for replace in _REPLACEMENTS if inputs else ():
+        for replace in REPLACEMENTS if inputs else ():
             generator = torch.Generator().manual_seed(0)
             others = {node: replace(example, generator).to(example) for node, example in examples.items()}
             try:
-                hides = _hides(self._sees(attention, tokens, making, others), ahead)
-            except _Unknown:
+                hides = hides_in(self._sees(attention, tokens, making, others), ahead)
+            except Unknown:
                 continue  # not a value that this input can take
             found.append("unseen" if hides == "later" else hides)
-        return max(found, key=_ORDER.index)
+        return max(found, key=ORDER.index)
 
     def guard(self, attention: Attention, tokens: int, ahead: int = 0) -> Guard | None:
         """A condition on each call under which a mask given as an input, ``[.., N, N]``, hides keys from all alike.
@@ -134,7 +137,7 @@ class Masks:
         inputs = [node for node in making if node in self._inputs]
         whole = all(_is_pairs(node, tokens, _keys(attention)) for node in inputs)
         moved = any(is_op(node, *_MOVES) for node in (*attention.way[1:], *attention.after[1:]))
-        sized = any(not _is_tensor(value) for node in making for value in node.all_input_nodes)
+        sized = any(not is_tensor(value) for node in making for value in node.all_input_nodes)
         if not inputs or not whole or moved or sized or any(self._is_bias(node) for node in making):
             return None
         key = ("guard", tuple(joining), dim, ahead)
@@ -143,9 +146,9 @@ class Masks:
             def holds(args: Sequence[Any]) -> bool:
                 try:
                     values = self._values(making, {node: args[self._inputs[node]] for node in inputs})
-                except (_Unknown, RuntimeError):
+                except (Unknown, RuntimeError):
                     return False
-                return all(_is_alike(values[value], dim) for value in joining)
+                return all(is_alike(values[value], dim) for value in joining)
 
             names = ", ".join(str(node.target) for node in inputs)
             self._guards[key] = Guard(f"the mask {names} hides the same keys from all queries", holds)
@@ -167,7 +170,7 @@ class Masks:
         key = ("state", tuple(sides(attention)), tokens, ahead, attention.node)
         if key not in self._guards:
             hides = self.judge(attention, tokens, ahead)
-            noted = [_Held.of(self._held(node, self.example_inputs)) for node in held]
+            noted = [Held.of(self._held(node, self.example_inputs)) for node in held]
 
             def holds(args: Sequence[Any]) -> bool:
                 now = [self._held(node, args) for node in held]
@@ -175,9 +178,9 @@ class Masks:
                     return True
                 again = copy.copy(self)
                 again.example_inputs, again._judged = args, {}  # noqa: SLF001 - a copy of itself
-                if _ORDER.index(again.judge(attention, tokens, ahead)) > _ORDER.index(hides):
+                if ORDER.index(again.judge(attention, tokens, ahead)) > ORDER.index(hides):
                     return False
-                noted[:] = map(_Held.of, now)
+                noted[:] = map(Held.of, now)
                 return True
 
             names = ", ".join(str(node.target) for node in held)
@@ -186,7 +189,7 @@ class Masks:
 
     def _held(self, node: Node, args: Sequence[Any] | None) -> Any:
         if node.op == "get_attr":
-            return _attribute(self.gm, str(node.target))
+            return attribute(self.gm, str(node.target))
         return None if args is None else args[self._inputs[node]]
 
     def _making(self, attention: Attention) -> list[Node]:
@@ -204,7 +207,7 @@ class Masks:
                 continue
             seen.add(node)
             if not is_op(node, "sym_size", *SHAPE_ONLY) and not self._is_bias(node):
-                todo += [value for value in node.all_input_nodes if _is_tensor(value)]
+                todo += [value for value in node.all_input_nodes if is_tensor(value)]
             if not todo:
                 todo = [w for w, written in self._writes if self._place[w] < last and w not in seen and written & seen]
         return sorted(seen, key=self._place.__getitem__)
@@ -226,7 +229,7 @@ class Masks:
     def _example(self, node: Node) -> Any:
         value = None if self.example_inputs is None else self.example_inputs[self._inputs[node]]
         if not isinstance(value, Tensor) or isinstance(value, torch._subclasses.FakeTensor):
-            raise _Unknown
+            raise Unknown
         return value
 
     @torch.no_grad()
@@ -239,20 +242,20 @@ class Masks:
                 logits = torch.where(mask, 0.0, -torch.inf) if mask.dtype == torch.bool else mask
                 return visible(logits.double()).expand(*mask.shape[:-2], tokens, _keys(attention))
             first, dims = attention.way[0], (attention.softmax_query_dim, attention.softmax_dim)
-            logits = _blank(first).zero_()
+            logits = blank_of(first).zero_()
             if _adds(attention.way):
                 logits = logits + values[tensor_inputs(first)[0]]
-            logits = _along(attention.way, logits, values)
+            logits = along(attention.way, logits, values)
             sees = visible(logits.double().movedim(dims, (-2, -1)))
             if not _joined(attention.after):
                 return sees
             assert attention.softmax is not None
-            weights = _along(attention.after, _blank(attention.softmax).fill_(1.0), values)
+            weights = along(attention.after, blank_of(attention.softmax).fill_(1.0), values)
             if weights.shape != logits.shape:
                 raise ValueError("the weights were rearranged after the softmax")
             return sees & (weights.movedim(dims, (-2, -1)) != 0)
         except (Barrier, RuntimeError, IndexError, ValueError, TypeError, KeyError) as error:
-            raise _Unknown from error
+            raise Unknown from error
 
     def _values(self, making: list[Node], others: dict[Node, Tensor]) -> dict[Node, Any]:
         values: dict[Node, Any] = {}
@@ -262,83 +265,19 @@ class Masks:
                 value = others[node] if node in others else self._example(node)
                 values[node] = value.clone() if writes else value
             elif node.op == "get_attr":
-                value = _attribute(self.gm, str(node.target))
+                value = attribute(self.gm, str(node.target))
                 values[node] = value.clone() if writes else value
             elif self._is_bias(node):
-                values[node] = _blank(node).zero_()
+                values[node] = blank_of(node).zero_()
             else:
-                values[node] = _run(node, values)
+                values[node] = run(node, values)
         if any(isinstance(value, torch._subclasses.FakeTensor) for value in values.values()):
-            raise _Unknown
+            raise Unknown
         return values
 
 
-def visible(logits: Tensor) -> Tensor:
-    """Where logits ``[.., Q, K]`` of blank scores let a query see a key. What is not a number is not seen."""
-    logits = torch.nan_to_num(logits, nan=-torch.inf, posinf=torch.finfo(logits.dtype).max, neginf=-torch.inf)
-    # The difference: beside a highest logit of 1e18 the bound itself would be lost in rounding.
-    return logits - logits.amax((-2, -1), keepdim=True) > -FAR_BELOW
-
-
-def _along(way: Sequence[Node], start: Tensor, values: dict[Node, Any]) -> Tensor:
-    """What becomes of a tensor on its way through the ops of the graph."""
-    env = {**values, way[0]: start}
-    for node in way[1:]:
-        env[node] = _run(node, env)
-    result: Tensor = env[way[-1]]
-    return result
-
-
-def _run(node: Node, values: dict[Node, Any]) -> Any:
-    if is_op(node, "sym_size"):
-        return hint(node.meta["val"])
-    if is_op(node, "dropout", "dropout_"):
-        return values[node.args[0]]  # type: ignore[index]
-    if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-        raise _Unknown
-    blank = is_op(node, *SHAPE_ONLY)
-
-    def value_of(n: Node) -> Any:
-        if not _is_tensor(n):
-            return hint(n.meta["val"]) if isinstance(n.meta["val"], torch.SymInt) else n.meta["val"]
-        return _blank(n) if blank else values[n]
-
-    args, kwargs = map_arg((node.args, node.kwargs), value_of)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-@dataclass(frozen=True)
-class _Held:
-    """A tensor that a model holds, and its version; of an inference tensor, which counts none, a copy."""
-
-    tensor: Any
-    version: int = 0
-    copy: Tensor | None = None
-
-    @classmethod
-    def of(cls, tensor: Any) -> _Held:
-        if not isinstance(tensor, Tensor):
-            return cls(tensor)
-        return cls(tensor, copy=tensor.clone()) if tensor.is_inference() else cls(tensor, tensor._version)
-
-    def is_still(self, tensor: Any) -> bool:
-        if self.copy is not None:
-            return isinstance(tensor, Tensor) and tensor.shape == self.copy.shape and torch.equal(tensor, self.copy)
-        return tensor is self.tensor and (not isinstance(tensor, Tensor) or tensor._version == self.version)
-
-
 def _is_pairs(node: Node, queries: int, keys: int) -> bool:
-    return _is_tensor(node) and [hint(size) for size in node.meta["val"].shape[-2:]] == [queries, keys]
-
-
-@torch.no_grad()
-def _is_alike(side: Tensor, dim: int) -> bool:
-    """Whether a tensor is the same at all places of a dim, counted from the end."""
-    return side.dim() < -dim or bool((side == side.narrow(dim, 0, 1)).all())
-
-
-def _is_tensor(node: Node) -> bool:
-    return isinstance(node.meta.get("val"), (Tensor, tuple, list))
+    return is_tensor(node) and [hint(size) for size in node.meta["val"].shape[-2:]] == [queries, keys]
 
 
 def _aliases(node: Node) -> Iterator[Node]:
@@ -352,51 +291,6 @@ def _aliases(node: Node) -> Iterator[Node]:
         target = inputs[0] if inputs else None
 
 
-def _attribute(gm: GraphModule, name: str) -> Any:
-    value: Any = gm
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def _blank(node: Node) -> Tensor:
-    """A tensor of the right shape and dtype."""
-    value = node.meta["val"]
-    return torch.empty([hint(size) for size in value.shape], dtype=value.dtype, device=value.device)
-
-
-def _flags(value: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randint(0, 2, value.shape, generator=generator)
-
-
-#: What inputs are replaced by. Numbers that are added may hide by being far below; flags may mean either.
-_REPLACEMENTS: tuple[Callable[[Tensor, torch.Generator], Tensor], ...] = (
-    lambda value, _: torch.zeros(value.shape),
-    lambda value, _: torch.ones(value.shape),
-    _flags,
-    lambda value, _: torch.arange(value.numel()).view(value.shape),
-    lambda value, _: 1000 * torch.arange(1, value.numel() + 1).view(value.shape),
-    lambda value, generator: _flags(value, generator) * (-1e9 if value.is_floating_point() else 1),
-)
-
-
 def _keys(attention: Attention) -> int:
     """The number of keys: the queries', and null tokens."""
     return hint(attention.key.meta["val"].shape[attention.key_tokens])
-
-
-def _hides(sees: Tensor, ahead: int = 0) -> Hides:
-    """What is hidden by flags ``[..., Q, K]``; the queries' own tokens are the keys from ``ahead`` on."""
-    if bool(sees.all()):
-        return "nothing"
-    # Null tokens are never merged, but all queries must see the same of them.
-    null = torch.cat([sees[..., :ahead], sees[..., ahead + sees.shape[-2] :]], -1)
-    if bool((null != null[..., :1, :]).any()):
-        return "pairs"
-    sees = sees[..., ahead : ahead + sees.shape[-2]]
-    # A key that nobody sees is padding; what padding sees does not matter.
-    there = sees.any(-2)
-    hidden = ~sees & there.unsqueeze(-1) & there.unsqueeze(-2)
-    if bool((hidden & sees.transpose(-2, -1)).any()):
-        return "later"
-    return "pairs" if bool(hidden.any()) else "keys"
