@@ -1,7 +1,8 @@
-"""Hypothesis profiles, and which tests belong on one worker."""
+"""The two profiles (ci and nightly), and in what order and on which worker tests run."""
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import re
@@ -23,7 +24,26 @@ settings.register_profile(
     "ci", max_examples=40, deadline=None, derandomize=True, phases=_QUICK, suppress_health_check=_SLOW
 )
 settings.register_profile("nightly", max_examples=2000, deadline=None, suppress_health_check=_SLOW)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "ci")
+settings.load_profile(PROFILE)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip the nightly tests, with their reasons, unless they are asked for; have the long ones begin first."""
+    if PROFILE != "nightly" and "nightly" not in config.option.markexpr:
+        for item in items:
+            marker = item.get_closest_marker("nightly")
+            if marker is not None:
+                (why,) = marker.args
+                item.add_marker(pytest.mark.skip(reason=f"HYPOTHESIS_PROFILE=nightly runs it: {why}"))
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)  # stable: the others keep their order
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What is imported by now stays: the garbage collector need not walk over it again with every model."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)
@@ -44,16 +64,29 @@ def _true_rates(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(profit, "rates_of", TRUE_RATES)
 
 
+#: Files whose tests share a model, a plan or a folder that takes long to make: two workers would make it twice.
+_SHARING = re.compile(
+    r"test_(calibrate|calibrate_branches|branches|diffusers|diffusion_example|cifar_example|saliency|cli_models|sweep)\.py"
+)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Tests that share a compiled model (same file, same parameter) run on the same worker, so it compiles once."""
+    """Tests that share what takes long to make run on the same worker, the largest groups first.
+
+    A group is a file, or of tests/test_models.py what has the same parameter. All others go one by one to whichever
+    worker is free.
+    """
     if config.getvalue("dist") != "load":
         return None
     from xdist.scheduler import LoadScopeScheduling
 
-    class ByModel(LoadScopeScheduling):
+    class BySharing(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            if _SHARING.search(file):
+                return file
             shared = re.match(r"(.*test_models\.py)::.*\[([^\]]*)\]$", nodeid)
             return "-".join(shared.groups()) if shared else nodeid
 
-    return ByModel(config, log)
+    return BySharing(config, log)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import tofu_fx
-from tests.zoo.diffusion_catalogue import DIFFUSION_CASES
+from tests.harness import randomise
+from tests.zoo.diffusion_catalogue import DIFFUSION_CASES, Called, unet
 from tofu_fx.calibration.uniform import uniform_plans
 from tofu_fx.errors import CalibrationError, TofuError
 
@@ -95,7 +96,8 @@ def _relative(found: Tensor, plain: Tensor) -> float:
 
 
 def test_placement_can_be_told(denoiser: tuple[nn.Module, list[tuple[Any, ...]]]) -> None:
-    model, batches = denoiser
+    _, batches = denoiser
+    model = randomise(Called(unet(channels=(32,), mid_block_type=None)))
     options = {"placement": "stream"}
     plan = tofu_fx.calibrate(
         model, batches, flops=0.97, batch_size=2, inner_backend="eager", options=options, progress=False

@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import pytest
 import timm
 import torch
 import torch.distributed as dist
@@ -67,6 +68,7 @@ def run(rank: int, folder: str, inner: str, caps: list[dict[str, float]]) -> Non
     dist.destroy_process_group()
 
 
+@pytest.mark.long
 def test_two_processes_make_the_step_of_one(tmp_path: Path) -> None:
     # By default the first bucket has 1 MB and the others 25.
     torch.multiprocessing.spawn(run, (str(tmp_path), "aot_eager", [{}, {"bucket_cap_mb": 1}]), nprocs=PROCESSES)

@@ -20,8 +20,15 @@ UNDECIDED = {
     "diffusers: WanTransformer3DModel": "a table that the interpreter cannot line up",
 }
 
+#: Graphs of a thousand nodes and more.
+LONG = [name for name in CATALOGUE if "UNet2DConditionModel" in name]
 
-@pytest.mark.parametrize("name", CATALOGUE)
+
+def long_first(name: str) -> object:
+    return pytest.param(name, marks=pytest.mark.long) if name in LONG else name
+
+
+@pytest.mark.parametrize("name", [long_first(name) for name in CATALOGUE])
 def test_model_is_accelerated_and_right_or_says_why_not(name: str) -> None:
     case = CATALOGUE[name]
     args, kwargs = case.inputs()

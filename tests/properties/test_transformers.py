@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import event, given
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from tests.harness import MEANING_TOLERANCE, PERMUTATION_TOLERANCE, randomise, relative_error, same_bits, study, tensors
@@ -12,6 +12,8 @@ from tests.oracle.stream import Reducer, Undecided
 from tofu_fx.testing import Spec, Transformer
 
 flags = st.booleans()
+#: Each takes a second, and outside of the nightly run they are the same ones every time.
+few = settings(max_examples=15) if settings.get_current_profile_name() == "ci" else settings()
 
 
 @st.composite
@@ -74,6 +76,7 @@ def prove(spec: Spec, strategy: str = "mlerp", r: int = 2, batch: int = 2, seed:
         return "equal to the reference"
 
 
+@few
 @given(
     spec=specs(),
     strategy=st.sampled_from(["prune", "mean", "mlerp", "auto"]),

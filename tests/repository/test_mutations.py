@@ -58,6 +58,7 @@ def test_results_are_of_these_faults_and_nobody_missed_one_without_a_reason() ->
     assert "survivors: none" in table(results)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 def test_proofs_see_a_sample_of_the_faults_and_nothing_where_there_is_none() -> None:
     code = "from tests.mutations import sample; sample()"
