@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.guards
 from hypothesis import HealthCheck, Phase, settings
 
 from tofu_fx.plan import profit
@@ -53,6 +54,10 @@ def _fresh_dynamo() -> Any:
     yield
     torch._dynamo.reset()
 
+
+# With every compilation Dynamo flushes the processor's caches to log how long its guards take: half of the time that a
+# small function takes to compile, and slow for whoever else uses the machine.
+torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0  # type: ignore[attr-defined, assignment, unused-ignore]
 
 #: The models of the tests are tiny: by the true rates hardly a reduction would pay. Marker: true_rates.
 TRUE_RATES, profit.rates_of = profit.rates_of, lambda device, dtype: profit.Rates(1e-9, math.inf, 0.0)

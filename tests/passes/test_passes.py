@@ -15,8 +15,13 @@ from tests.zoo import ZOO
 from tofu_fx import PassError, TofuError, pipeline
 from tofu_fx.compilation import Compilation, Scheduled
 from tofu_fx.fx.nodes import is_op
+<<<<<<< HEAD:tests/passes/test_passes.py
 from tofu_fx.pipeline import PASSES, run_passes, run_pipeline, without
+=======
+from tofu_fx.pipeline import PASSES, lower, run_pipeline
+>>>>>>> house-s:tests/test_passes.py
 from tofu_fx.plan.options import Options
+from tofu_fx.testing import capture, same_graph
 
 NAMES = [p.__name__ for p in PASSES]
 
@@ -47,6 +52,42 @@ def test_runner_times_every_pass_in_its_order_and_leaves_the_traced_graph_alone(
     compilation, _, _ = run(entry.model(), entry.batch(), r=4)
     assert list(compilation.seconds) == NAMES
     assert all(seconds >= 0 for seconds in compilation.seconds.values())
+
+
+@pytest.mark.parametrize("name", ["vit", "beit", "relpos"])
+def test_graph_that_is_lowered_once_for_several_options_is_rewritten_as_if_for_each(name: str) -> None:
+    entry = ZOO[name]
+    with torch.no_grad():
+        gm, inputs = capture(entry.model(), entry.inputs())
+        lowered = lower(gm, inputs)
+        before = [node.name for node in lowered.gm.graph.nodes]
+        for strategy in ("prune", "mlerp"):
+            options = Options.parse({**EAGER, "r": 4, "strategy": strategy})
+            alone, shared = run_pipeline(gm, options, inputs), run_pipeline(gm, options, inputs, lowered=lowered)
+            assert same_graph(alone.gm.graph, shared.gm.graph)
+            assert [node.name for node in alone.gm.graph.nodes] == [node.name for node in shared.gm.graph.nodes]
+            sources = [
+                [getattr(node, "_dynamo_source", None) for node in made.gm.graph.find_nodes(op="placeholder")]
+                for made in (alone, shared)
+            ]
+            assert sources[0] == sources[1]
+            assert len(alone.model_state) == len(shared.model_state)
+            assert list(shared.seconds) == NAMES
+            assert same_bits(alone.gm(*inputs), shared.gm(*inputs))
+        assert [node.name for node in lowered.gm.graph.nodes] == before
+
+
+def test_variants_that_come_to_the_same_options_are_made_once() -> None:
+    entry = ZOO["vit"]
+    variants = {
+        name: {"r": 4, "strategy": strategy} for name, strategy in (("a", "mean"), ("b", "mean"), ("c", "prune"))
+    }
+    with torch.no_grad():
+        found = study(entry.model(), entry.inputs(), variants=variants, interpret=("a", "b", "c"), proofs=False)
+    a, b, c = (found.compilations(name)[0] for name in "abc")
+    assert a is b is not c
+    assert found.outputs["a"] is found.outputs["b"] is not found.outputs["c"]
+    assert found.interpreted["a"] is found.interpreted["b"] is not found.interpreted["c"]
 
 
 @pytest.mark.parametrize("name", ["hf_vit", "beit", "vit"])
