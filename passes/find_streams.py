@@ -19,6 +19,9 @@ from tofu_fx.compilation import Analysed, Followed
 from tofu_fx.plan.images import check_grids
 from tofu_fx.sites.site import Declined, Found
 
+#: what a round does, in order
+STEPS = (choose_placement, detach_entries, follow_streams)
+
 
 def find_streams(graph: Analysed) -> Followed:
     """Place the sites of a graph and follow their streams.

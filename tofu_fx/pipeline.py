@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 
 from tofu_fx.compilation import Captured, Compilation, Lowered
 from tofu_fx.errors import PassError, TofuError
-from tofu_fx.fx.nodes import copy_graph, graph_module, module_path, source_line
+from tofu_fx.fx.nodes import graph_module, module_path, source_line
 from tofu_fx.fx.spec import check_spec
 from tofu_fx.fx.stages import advanced
 from tofu_fx.passes.decline_unprofitable import decline_unprofitable
@@ -20,6 +19,7 @@ from tofu_fx.passes.find_attention import find_attention
 from tofu_fx.passes.find_streams import find_streams
 from tofu_fx.passes.functionalize_inplace import functionalize_inplace
 from tofu_fx.passes.insert_reductions import insert_reductions
+from tofu_fx.passes.keep_before import keep_before
 from tofu_fx.passes.lower_to_aten import lower_to_aten
 from tofu_fx.passes.make_polymorphic import make_polymorphic
 from tofu_fx.passes.plan_reductions import plan_reductions
@@ -30,11 +30,6 @@ from tofu_fx.rewrite.reducer import Reducer
 logger = logging.getLogger("tofu_fx")
 
 Pass = Callable[[Any], Any]
-
-
-def keep_before(graph: Lowered) -> Lowered:
-    """Note a copy of the graph as it is: what follows changes it in place."""
-    return replace(graph, before=graph_module(graph.gm, copy_graph(graph.gm.graph)))
 
 
 #: In order. Each line says why it stands where it stands.

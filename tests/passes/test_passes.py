@@ -15,11 +15,7 @@ from tests.zoo import ZOO
 from tofu_fx import PassError, TofuError, pipeline
 from tofu_fx.compilation import Compilation, Scheduled
 from tofu_fx.fx.nodes import is_op
-<<<<<<< HEAD:tests/passes/test_passes.py
-from tofu_fx.pipeline import PASSES, run_passes, run_pipeline, without
-=======
-from tofu_fx.pipeline import PASSES, lower, run_pipeline
->>>>>>> house-s:tests/test_passes.py
+from tofu_fx.pipeline import PASSES, lower, run_passes, run_pipeline, without
 from tofu_fx.plan.options import Options
 from tofu_fx.testing import capture, same_graph
 
@@ -58,7 +54,7 @@ def test_runner_times_every_pass_in_its_order_and_leaves_the_traced_graph_alone(
 def test_graph_that_is_lowered_once_for_several_options_is_rewritten_as_if_for_each(name: str) -> None:
     entry = ZOO[name]
     with torch.no_grad():
-        gm, inputs = capture(entry.model(), entry.inputs())
+        gm, inputs = capture(entry.model(), entry.batch())
         lowered = lower(gm, inputs)
         before = [node.name for node in lowered.gm.graph.nodes]
         for strategy in ("prune", "mlerp"):
@@ -83,7 +79,7 @@ def test_variants_that_come_to_the_same_options_are_made_once() -> None:
         name: {"r": 4, "strategy": strategy} for name, strategy in (("a", "mean"), ("b", "mean"), ("c", "prune"))
     }
     with torch.no_grad():
-        found = study(entry.model(), entry.inputs(), variants=variants, interpret=("a", "b", "c"), proofs=False)
+        found = study(entry.model(), entry.batch(), variants=variants, interpret=("a", "b", "c"), proofs=False)
     a, b, c = (found.compilations(name)[0] for name in "abc")
     assert a is b is not c
     assert found.outputs["a"] is found.outputs["b"] is not found.outputs["c"]
