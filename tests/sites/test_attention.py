@@ -155,3 +155,12 @@ def test_tokens_compared_without_a_softmax_are_unrecognised_and_an_attention_is_
     assert "relu after the product of queries and keys" in compared.unrecognised.reason
     known = attending(SPELLINGS["matmul"])
     assert list(find_comparisons(known.axes, find_attentions(known.axes))) == []
+
+
+def test_causal_flag_of_the_fused_op_is_read() -> None:
+    def both(m: Model, x: Tensor) -> Tensor:
+        q, k, v = parts(m, x)
+        fused = F.scaled_dot_product_attention
+        return m.joined(fused(q, k, v) + fused(q, k, v, is_causal=True))
+
+    assert [attention.causal for attention in traced(both, tokens()).attentions] == [False, True]
