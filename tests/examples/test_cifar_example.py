@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,30 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from tests.examples.loading import example, needed
+
 IMAGES = 200
-
-
-def example(name: str) -> ModuleType:
-    """A module of examples/, which find each other as scripts do: beside themselves."""
-    if str(EXAMPLES) not in sys.path:
-        sys.path.append(str(EXAMPLES))
-    return importlib.import_module(name)
-
-
-def needed(*paths: Path) -> None:
-    for path in paths:
-        if not path.is_file():
-            pytest.skip(f"needs {path.name}, which is not part of the repository: it is not at {path}")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Any:
-    # Test runners keep all cores busy, and two threads that wait for each other there take longer than one.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -12,27 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from tests.examples.loading import example
+
 PARAMETERS = 1_316_035
 IMAGES = 20
 
 pytest.importorskip("diffusers")
-
-
-def example(name: str) -> ModuleType:
-    """A module of examples/, which find each other as scripts do: beside themselves."""
-    if str(EXAMPLES) not in sys.path:
-        sys.path.append(str(EXAMPLES))
-    return importlib.import_module(name)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Any:
-    # Test runners keep all cores busy, and two threads that wait for each other there take longer than one.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,38 +10,20 @@ import torch
 from torch import Tensor, nn
 
 import tofu_fx
+from tests.examples.loading import example, needed
 from tests.harness import compiled, relative_error, same_bits, study
 from tests.oracle.operators import reference_fuse, reference_restore
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 R, LAYERS, TOKENS = 12, 12, 257
 BOUNDS = {"prune": 0.023, "mean": 0.020, "mlerp": 0.019}
 # Spread over the whole tar.
 EVERY, PHOTOS, BATCH = 10, 24, 12
 
 
-def example(name: str) -> ModuleType:
-    """A module of examples/, which find each other as scripts do: beside themselves."""
-    if str(EXAMPLES) not in sys.path:
-        sys.path.append(str(EXAMPLES))
-    return importlib.import_module(name)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Any:
-    # Test runners keep all cores busy, and two threads that wait for each other there take longer than one.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def model() -> Any:
     files = example("saliency_model")
-    for path in (files.MODEL, files.PHOTOS):
-        if not path.is_file():
-            pytest.skip(f"needs {path.name}, which is not part of the repository: it is not at {path}")
+    needed(files.MODEL, files.PHOTOS)
     return files.load_model()
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch.fx import Node
 from torch.fx.node import map_arg
@@ -127,20 +127,16 @@ def _written(tracer: AxisTracer, softmax: Node) -> Attention | None:
     query, key = (sides[1], sides[0]) if places[0] == dim else (sides[0], sides[1])
     queries = places[1] if places[0] == dim else places[0]
     after = _way(softmax, value_product)
-    return Attention(
+    return _of(
+        query,
+        key,
         value_product,
-        query.operand,
-        query.tokens,
-        query.features,
-        key.operand,
-        key.tokens,
-        key.features,
-        scores,
-        softmax,
-        -2 if queries is None else queries - rank,
-        dim - rank,
-        way,
-        after,
+        scores=scores,
+        softmax=softmax,
+        softmax_query_dim=-2 if queries is None else queries - rank,
+        softmax_dim=dim - rank,
+        way=way,
+        after=after,
         unrecognised=_no_weights(tracer, scores, softmax, dim, after, value_product),
     )
 
@@ -152,6 +148,10 @@ class _Side(NamedTuple):
     tokens: int
     features: int
     place: int
+
+
+def _of(query: _Side, key: _Side, node: Node, **more: Any) -> Attention:
+    return Attention(node, query.operand, query.tokens, query.features, key.operand, key.tokens, key.features, **more)
 
 
 def _sides(scores: Node) -> tuple[_Side, _Side] | None:
@@ -247,17 +247,7 @@ def _unrecognised(softmax: Node, scores: Node | None, value_product: Node | None
     way = _way(ahead, softmax, any_op=True)[1:] if scores is None else _way(softmax, last, any_op=True)[1:]
     op = next(node for node in way if not is_op(node, *_BETWEEN))
     reason = f"{_name(op)} between the softmax and a product is none of the known ways to write attention"
-    return Attention(
-        last,
-        query.operand,
-        query.tokens,
-        query.features,
-        key.operand,
-        key.tokens,
-        key.features,
-        scores=ahead,
-        unrecognised=Decline(reason, op),
-    )
+    return _of(query, key, last, scores=ahead, unrecognised=Decline(reason, op))
 
 
 def _way(start: Node, end: Node, any_op: bool = False) -> tuple[Node, ...]:

@@ -64,7 +64,7 @@ class Proofs:
     seconds: float = 0.0
     tracing: float = 0.0
     complaints: list[str] = field(default_factory=list)
-    compilations: list[Compilation] = field(default_factory=list)
+    compilations: list[Compilation] = field(default_factory=list, repr=False)
 
     @property
     def matched(self) -> list[Site]:
