@@ -178,6 +178,7 @@ def test_linearity_policy_prunes_below_its_threshold_and_merges_above(model: nn.
             assert row.strategy == ("prune" if row.linearity.mean < threshold else "mlerp")
 
 
+@pytest.mark.nightly("two calibrations; how labels are read is held by test_rehearsal.py for every change")
 def test_loader_with_labels_is_as_good_as_its_images(model: nn.Module) -> None:
     dataset = torch.utils.data.TensorDataset(images(6), torch.arange(6))
     loader = torch.utils.data.DataLoader(dataset, batch_size=3)
