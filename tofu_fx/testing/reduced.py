@@ -275,10 +275,11 @@ class Reduced(Running):
 
     def _ahead(self, node: Node) -> Any:
         """A node's value, ahead of its place in the graph where it has none yet: the keys of a branch."""
-        if node not in self.env:
-            ahead = {value: self._ahead(value) for value in node.all_input_nodes}
-            return self.plain(node, ahead)
-        return self.env[node]
+        if node in self.env:
+            return self.env[node]
+        if node.op == "get_attr":
+            return self.attribute(str(node.target))
+        return self.plain(node, {value: self._ahead(value) for value in node.all_input_nodes})
 
 
 def _name(node: Node) -> str:

@@ -52,7 +52,7 @@ class Running:
             if node.op == "placeholder":
                 self.env[node] = next(waiting)
             elif node.op == "get_attr":
-                self.env[node] = self._attribute(str(node.target))
+                self.env[node] = self.attribute(str(node.target))
             elif node.op == "output":
                 return map_arg(node.args[0], self.output)
             else:
@@ -99,7 +99,8 @@ class Running:
         found = self.labels.axes.get(node.name, [[]])
         return found[0] if len(found) == 1 else []
 
-    def _attribute(self, name: str) -> Any:
+    def attribute(self, name: str) -> Any:
+        """What the graph module holds under a name with dots."""
         value: Any = self.prepared.root
         for part in name.split("."):
             value = getattr(value, part)
