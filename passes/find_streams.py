@@ -8,7 +8,7 @@ others may be followed further. Each round starts from the sites as they were fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from tofu_fx.passes.choose_placement import Placement, choose_placement, planned_placements, prefers_branch
@@ -17,7 +17,7 @@ from tofu_fx.passes.follow_streams import Streams, follow_streams
 
 from tofu_fx.compilation import Analysed, Followed
 from tofu_fx.plan.images import check_grids
-from tofu_fx.sites.site import Declined, Found
+from tofu_fx.sites.site import Declined, Found, Site
 
 #: what a round does, in order
 STEPS = (choose_placement, detach_entries, follow_streams)
@@ -30,12 +30,18 @@ def find_streams(graph: Analysed) -> Followed:
         OptionError, PlanError: a grid that contradicts what is known of the tokens.
     """
     followed = _find(graph)
-    notes = check_grids(followed.placed, graph.options)
-    sites = (
-        replace(site, notes=(*site.notes, *notes[site.id])) if isinstance(site, Found) and site.id in notes else site
-        for site in followed.sites
-    )
-    return replace(followed, sites=tuple(sites))
+    return _with_notes(followed, check_grids(followed.placed, graph.options))
+
+
+def _with_notes(graph: Followed, notes: Mapping[str, Sequence[str]]) -> Followed:
+    """The graph with further notes on its sites, by their ids; what is noted already is noted once."""
+
+    def noted(site: Site) -> Site:
+        if not isinstance(site, Found) or site.id not in notes:
+            return site
+        return replace(site, notes=tuple(dict.fromkeys((*site.notes, *notes[site.id]))))
+
+    return replace(graph, sites=tuple(map(noted, graph.sites)))
 
 
 def _find(graph: Analysed) -> Followed:
@@ -65,7 +71,8 @@ def _find(graph: Analysed) -> Followed:
             break
         for name in lost:
             del chosen[name]
-    return found
+    # A size that was symbolic in the first round, and was said to be, is a number in all later ones.
+    return _with_notes(found, {site.id: site.notes for site in streams.sites})
 
 
 def _round(

@@ -266,8 +266,8 @@ def test_causal_attention_is_declined_and_the_result_is_plain() -> None:
 def test_pass_that_raises_leaves_the_plain_result_and_one_warning(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    def broken(compilation: Any) -> None:
-        compilation.at = compilation.gm.graph.output_node().prev
+    def broken(graph: Any) -> None:
+        graph.at.node = graph.gm.graph.output_node().prev
         raise RuntimeError("on purpose")
 
     broken.__name__ = name

@@ -140,7 +140,7 @@ def test_failure_while_one_stream_is_written_costs_that_stream_alone(monkeypatch
     write = Rewriter.write
 
     def failing(rewriter: Rewriter, node: Node) -> None:
-        if is_op(node, "gelu") and "text" in module_path(node) and rewriter.native.get(node.all_input_nodes[0]):
+        if is_op(node, "gelu") and "text" in module_path(node) and rewriter.ctx.native.get(node.all_input_nodes[0]):
             raise IndexError("planted")
         write(rewriter, node)
 
