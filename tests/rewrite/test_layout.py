@@ -34,6 +34,8 @@ LAYOUTS = {
     "a b n c": "(a b) n c",
     "a n b c": "(a b) n c",
     "(a b n) h c": "(a b) n (h c)",
+    "(b n) c 1": "b n c",  # three dims, and the axes in order: ConvBERT's kernels with one head
+    "1 b (n c)": "b n c",
     "n c": "1 n c",
     "b n": "b n 1",
 }

@@ -118,7 +118,7 @@ class Layout:
         """Append what brings a tensor with these axes and ``count`` tokens to ``[B, N, F]``."""
         flat, order = self._flat(), self._order()
         rest = order[len(self.batch) + 1 :]
-        if order == sorted(order) and len(self.batch) == len(rest) == 1 and len(self.axes) == 3:
+        if self._is_canonical():
             return node
         if any(len(dim) != 1 for dim in self.axes):
             node = emit.call(aten.reshape.default, node, shape_of(emit, [(atom,) for atom in flat], count))
@@ -130,7 +130,7 @@ class Layout:
     def from_canonical(self, emit: Emitter, node: Node, count: Count) -> Node:
         """The inverse of ``to_canonical``, for a tensor that now has ``count`` tokens."""
         flat, order = self._flat(), self._order()
-        if order == sorted(order) and len(self.batch) == 1 and len(order) == 3 and len(self.axes) == 3:
+        if self._is_canonical():
             return node
         node = emit.call(aten.reshape.default, node, shape_of(emit, [(flat[i],) for i in order], count))
         if order != sorted(order):
@@ -138,6 +138,11 @@ class Layout:
         if any(len(dim) != 1 for dim in self.axes):
             node = emit.call(aten.reshape.default, node, shape_of(emit, self.axes, count))
         return node
+
+    def _is_canonical(self) -> bool:
+        """Whether the tensor is ``[B, N, F]`` as it is, one axis a dim: ``[B * N, F, 1]`` has these axes in order too."""
+        one_each = len(self.axes) == 3 and all(len(dim) == 1 for dim in self.axes)
+        return one_each and len(self.batch) == 1 and self._order() == [0, 1, 2]
 
     def _flat(self) -> list[Atom]:
         return [atom for dim in self.axes for atom in dim]
