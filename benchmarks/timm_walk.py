@@ -17,23 +17,19 @@ import json
 import re
 import time
 import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from rich.console import Console
-from rich.table import Table
 from timm.models import get_pretrained_cfg
 from timm.models._registry import _module_to_models
+from walking import judge, plain, show
 
-import tofu_fx
-from tofu_fx.testing import Proofs, prove, randomise
+from tofu_fx.testing import randomise
 
 RESULTS = Path(__file__).parent / "results" / "timm_walk.json"
-#: million parameters from which a model is explained and not proved
-LARGE = 60
 #: words of small models' names, and of those that are nobody's smallest
 SMALL = re.compile("femto|atto|pico|nano|xtiny|xs|tiny|mini|_[stbmf]0|s1[28]|18|small|little|10|26|050|35")
 BIG = re.compile("base|large|huge|giant|gigantic|xl|_l|_b[4-7]|so400m|384|448|512|1024")
@@ -100,68 +96,6 @@ def walk(module: str) -> dict[str, Any]:
     return row
 
 
-def judge(model: torch.nn.Module, x: torch.Tensor, millions: float) -> dict[str, Any]:
-    """The outcome for one model, and what it rests on."""
-    found = tofu_fx.explain(model, x, options={"r": 2, "on_error": "raise", "profitable_only": False})
-    unknown: Counter[str] = Counter()
-    for graph in found.graphs:
-        unknown.update(graph.unknown_ops)
-    row: dict[str, Any] = {
-        "outcome": "accelerated" if found.matched else "declined" if found.sites else "plain",
-        "graphs": len(found.graphs),
-        "matched": found.matched,
-        "declined": found.declined,
-        "reasons": dict(Counter(plain(site.reason) for site in found.sites if site.reason)),
-        "messages": list(dict.fromkeys(plain(graph.outcome) for graph in found.graphs)),
-        "unknown_ops": dict(unknown),
-        "compiler_seconds": round(sum(sum(graph.seconds.values()) for graph in found.graphs), 2),
-        "proofs": "not needed: nothing is rewritten",
-    }
-    if found.matched and millions > LARGE:
-        row["proofs"] = f"left out: more than {LARGE} million parameters"
-    elif found.matched:
-        proofs = proved(model, x)
-        errors = {"permutation": proofs.permutation, "meaning": max(proofs.meaning.values()), "changed": proofs.changed}
-        row["proofs"] = {"identity": proofs.identity, **{key: float(f"{e:.2g}") for key, e in errors.items()}}
-        if proofs.failures:
-            row.update(outcome="failed", error="; ".join(proofs.failures))
-    return row
-
-
-def proved(model: torch.nn.Module, x: torch.Tensor) -> Proofs:
-    """The proofs with two tokens a site, or one where the last sites of a hierarchy have no two to give."""
-    try:
-        return prove(model, x)
-    except Exception as error:
-        if "arrive there" not in str(error):
-            raise
-        return prove(model, x, r=1)
-
-
-def plain(text: str) -> str:
-    """A message without the folders of this machine and without colour."""
-    return re.sub(r"\x1b\[[0-9;]*m", "", re.sub(r"/\S*/site-packages/", "", text))
-
-
-def show(rows: list[dict[str, Any]], console: Console) -> None:
-    """Print a line for each model and the counts."""
-    table = Table(title="timm, one model for each module file", title_justify="left")
-    for name in ("file", "model", "outcome", "matched", "declined", "why not, or what failed"):
-        table.add_column(name, justify="right" if name in ("matched", "declined") else "left", overflow="fold")
-    colours = {"accelerated": "green", "failed": "bold red", "declined": "yellow", "plain": "dim"}
-    for row in sorted(rows, key=lambda row: (list(colours).index(row["outcome"]), row["module"])):
-        said = row.get("error") or "; ".join(f"{n} x {reason}" for reason, n in row.get("reasons", {}).items())
-        counts = [str(row.get(key, "")) for key in ("matched", "declined")]
-        table.add_row(row["module"], row["model"], row["outcome"], *counts, said, style=colours[row["outcome"]])
-    console.print(table, markup=False)
-    outcomes = Counter(row["outcome"] for row in rows)
-    console.print(f"{len(rows)} models: " + ", ".join(f"{outcomes[name]} {name}" for name in colours))
-    unknown: Counter[str] = Counter()
-    for row in rows:
-        unknown.update(row.get("unknown_ops", {}))
-    console.print("ops without a rule: " + (", ".join(f"{op} {n}" for op, n in unknown.most_common()) or "none"))
-
-
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -185,7 +119,7 @@ def main() -> None:
         args.output.write_text(json.dumps(result, indent=1) + "\n")
         gc.collect()
         torch._dynamo.reset()
-    show([rows[module] for module in wanted if module in rows], console)
+    show("timm, one model for each module file", [rows[module] for module in wanted if module in rows], console)
 
 
 if __name__ == "__main__":

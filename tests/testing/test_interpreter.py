@@ -202,3 +202,28 @@ def test_proofs_run_in_every_placement_that_a_user_can_get() -> None:
     proofs = prove(drawn.model, *drawn.inputs).check()
     ways = ("prune", "mean", "mlerp")
     assert set(proofs.meaning) == {*ways, *(f"{way}, {place}" for way in ways for place in ("branch",))}
+
+
+class GatedByNeighbours(nn.Module):
+    """Each block multiplies its tokens by a convolution over them, which needs all of them, by an op without a tag."""
+
+    def __init__(self, width: int = 16, depth: int = 2) -> None:
+        super().__init__()
+        self.qkv = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(depth))
+        self.near = nn.ModuleList(nn.Conv1d(width, width, 3, padding=1) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for qkv, near in zip(self.qkv, self.near, strict=True):
+            gate = near(x.transpose(1, 2)).transpose(1, 2)
+            query, key, value = qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+            mixed = nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+            x = x + torch.multiply(mixed, gate)
+        return x.mean(1)
+
+
+def test_whole_features_that_join_the_tokens_by_an_op_without_a_tag_are_merged_too() -> None:
+    # torch.multiply has no tag that says it is pointwise: the interpreter took the gate for a table of rows (ConvBERT).
+    torch.manual_seed(0)
+    assert torch.Tag.pointwise not in aten.multiply.Tensor.tags
+    proofs = prove(GatedByNeighbours().eval(), torch.randn(2, 12, 16), options={"placement": "stream"}).check()
+    assert not proofs.undecided

@@ -140,7 +140,7 @@ class Layout:
         return node
 
     def _is_canonical(self) -> bool:
-        """Whether the tensor is ``[B, N, F]`` as it is, one axis a dim: ``[B * N, F, 1]`` has these axes in order too."""
+        """Whether the tensor is ``[B, N, F]`` as it is, one axis a dim: ``[B * N, F, 1]`` has them in order, too."""
         one_each = len(self.axes) == 3 and all(len(dim) == 1 for dim in self.axes)
         return one_each and len(self.batch) == 1 and self._order() == [0, 1, 2]
 

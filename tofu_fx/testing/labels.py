@@ -242,7 +242,7 @@ def companions(trial: Trial, place: int, results: list[list[Axis]]) -> list[Comp
         dims = _dims(trial, place, results, axis, "token")
         if dims:
             found.append(Companion(place, axis.stream, axis.sample, dims, None))
-    if len(found) == 1 and len(found[0].dims) == 1 and value.is_floating_point() and _is_full(trial, value):
+    if len(found) == 1 and len(found[0].dims) == 1 and value.is_floating_point() and _is_full(trial, place):
         (dim,), (axis,) = found[0].dims, [axis for axis in axes if axis.sample is found[0].sample]
         samples = _dims(trial, place, results, axis, "sample")
         if samples or int(axis.sample.max()) == 0:
@@ -253,11 +253,16 @@ def companions(trial: Trial, place: int, results: list[list[Axis]]) -> list[Comp
     return found
 
 
-def _is_full(trial: Trial, value: Tensor) -> bool:
+def _is_full(trial: Trial, place: int) -> bool:
     """Whether no element of the operand is used for several of the result."""
+    value = trial.operands[place]
     if trial.pointwise:
-        return value.shape == trial.results[0].shape
-    return getattr(getattr(trial.target, "_schema", None), "name", "") in ("aten::cat", "aten::stack")
+        return bool(value.shape == trial.results[0].shape)
+    for index in trial.follow(place, torch.arange(value.numel()).view(value.shape)):
+        used = index[index >= 0]
+        if not len(used) or len(used) != len(distinct(used)):
+            return False
+    return True
 
 
 def _along(labels: Tensor, dim: int, value: Tensor) -> Tensor:
