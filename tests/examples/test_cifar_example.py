@@ -33,6 +33,7 @@ def pictures(files: ModuleType) -> tuple[Tensor, Tensor]:
     return files.load_cifar("test", IMAGES)
 
 
+@pytest.mark.nightly("18 s for one figure of a file that is carried unchanged; the pictures go through it above")
 @torch.no_grad()
 def test_accuracy_is_that_of_the_file(files: ModuleType, model: Any, pictures: tuple[Tensor, Tensor]) -> None:
     images, labels = pictures

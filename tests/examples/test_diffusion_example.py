@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.examples.loading import example
+from tests.examples.loading import example, needed
 
 PARAMETERS = 1_316_035
 IMAGES = 20
@@ -126,8 +126,8 @@ def test_carried_weights_are_small_and_say_how_they_were_made(files: ModuleType)
 def test_carried_weights_denoise_unseen_pictures(files: ModuleType, trained: Any, untrained: Any) -> None:
     facts = files.read_facts()
     path = example("cifar_model").FILES["test"]
-    if facts["source"] == "cifar" and not path.is_file():
-        pytest.skip(f"needs {path.name}, which is not part of the repository: it is not at {path}")
+    if facts["source"] == "cifar":
+        needed(path)
     pictures = files.load_pictures(facts["source"], "test", IMAGES)
     loss = loss_of(files, trained, pictures)
     assert loss == pytest.approx(facts["held_out_loss"], rel=0.2)
@@ -175,6 +175,7 @@ def test_training_script_writes_its_weights_and_resumes(files: ModuleType, tmp_p
     assert not torch.equal(files.load_model(weights).get_parameter(name), before.get_parameter(name))
 
 
+@pytest.mark.nightly("12 s; that training steps, resumes and writes its weights is tested beside it")
 def test_training_learns(files: ModuleType, tmp_path: Path) -> None:
     model = files.load_model(train(tmp_path, "--steps", "15", "--coarse-share", "0.8", "--batch", "16"))
     pictures = files.load_pictures("digits", "test", 2)

@@ -34,7 +34,8 @@ def test_padding_never_reaches_what_is_no_padding(padding: str, spelling: str) -
     model, there = randomise(Masked(PADDING[padding], ATTEND[spelling])), are_there([N - 9, N - 3])
     other = torch.where(there[..., None], sample(), sample(seed=7))
     variants = {name: {"r": R, "strategy": name} for name in STRATEGIES}
-    found, changed = (study(model, x, there, variants=variants) for x in (sample(), other))
+    found = study(model, sample(), there, variants=variants)
+    changed = study(model, other, there, variants=variants, proofs=False)
     assert relative_error(found.outputs["permute"], found.outputs["plain"]) < PERMUTATION_TOLERANCE
     for strategy in STRATEGIES:
         assert len(found.reducing(strategy)) == DEPTH
