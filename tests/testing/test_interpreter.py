@@ -227,3 +227,25 @@ def test_whole_features_that_join_the_tokens_by_an_op_without_a_tag_are_merged_t
     assert torch.Tag.pointwise not in aten.multiply.Tensor.tags
     proofs = prove(GatedByNeighbours().eval(), torch.randn(2, 12, 16), options={"placement": "stream"}).check()
     assert not proofs.undecided
+
+
+class ReadThroughACopy(nn.Module):
+    """Each block's attention reads a copy of the stream, which keeps all its tokens."""
+
+    def __init__(self, width: int = 16, depth: int = 2) -> None:
+        super().__init__()
+        self.qkv = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for qkv in self.qkv:
+            query, key, value = qkv(x.clone()).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+            x = x + nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        return x.mean(1)
+
+
+def test_branch_that_begins_with_a_copy_of_the_stream_is_followed() -> None:
+    # CANINE: the interpreter's own node at such an entry had no value noted, and the copy asked for its dtype.
+    torch.manual_seed(0)
+    proofs = prove(ReadThroughACopy().eval(), torch.randn(2, 12, 16), options={"placement": "branch"}).check()
+    assert len(proofs.matched) == 2
+    assert not proofs.undecided

@@ -65,6 +65,7 @@ def prepared(graph: Graph, facts: Facts) -> tuple[Graph, dict[Node, Entry], dict
         if entry.readers is not None:
             with new.inserting_after(node):
                 alias = new.call_function(aten.alias.default, (node,))
+            alias.meta = dict(node.meta)
             for user in list(node.users):
                 if user.name in entry.readers:
                     user.replace_input_with(node, alias)
@@ -102,5 +103,5 @@ def _written_out(graph: Graph, node: Node) -> Node | None:
     node.replace_all_uses_with(out)
     name = node.name
     graph.erase_node(node)
-    out.name = name
+    out.name, out.meta = name, dict(node.meta)
     return weights
