@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.utils._pytree import tree_map_only
 
 import tofu_fx
 from tofu_fx.testing import Proofs, prove
@@ -43,14 +44,25 @@ def judge(model: torch.nn.Module, inputs: Mapping[str, Any] | torch.Tensor, mill
         row["proofs"] = f"left out: more than {LARGE} million parameters"
     elif found.matched:
         proofs = _proved(model, args, kwargs)
-        errors = {"permutation": proofs.permutation, "meaning": max(proofs.meaning.values()), "changed": proofs.changed}
+        meaning = max(proofs.meaning.values(), default=0.0)
+        errors = {"permutation": proofs.permutation, "meaning": meaning, "changed": proofs.changed}
         row["proofs"] = {"identity": proofs.identity, **{key: float(f"{e:.2g}") for key, e in errors.items()}}
+        row["undecided"] = proofs.undecided
         if proofs.failures:
             row.update(outcome="failed", error="; ".join(proofs.failures))
     return row
 
 
 def _proved(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Proofs:
+    """The proofs; what does not hold in float32 is tried again in float64, which tells a fault from rounding."""
+    proofs = _reduced(model, args, kwargs)
+    if not proofs.failures or not proofs.identity:
+        return proofs
+    args, kwargs = tree_map_only(torch.Tensor, lambda x: x.double() if x.is_floating_point() else x, (args, kwargs))
+    return _reduced(model.double(), args, kwargs)
+
+
+def _reduced(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Proofs:
     """The proofs with two tokens a site, or one where the last sites of a hierarchy have no two to give."""
     try:
         return prove(model, *args, **kwargs)

@@ -7,7 +7,8 @@ After:  ``%w = aten.slice_scatter(%x, %y, ...)``, later readers of ``%w``
 
 Hand-written models say ``x += self.attn(x)``, and write rotary positions into every second feature. The residual
 stream must be a value, or no node could stand for "the tokens before". Only done where it is provably the same: ``x``
-is made by this graph, is not a view, has no views that are still read, and the result has the same dtype and shape.
+is made by this graph, is not a view, has no views that are still read, and the result has the same dtype, shape and
+strides (of dims of size 1, too: by those convolutions and norms tell which of their kernels to take).
 Anything else stays in place, and is a barrier to tokens.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._prims_common import make_contiguous_strides_for
 from torch.fx import Node
 
 from tofu_fx.compilation import Lowered
@@ -42,7 +44,7 @@ def functionalize_inplace(lowered: Lowered) -> Lowered:
         if is_op(node, "copy_") and is_op(target, "slice"):
             _write_part(node, place)
             continue
-        if not _is_private({target}, place, place[node]) or not _same_form(target, node):
+        if not _is_private({target}, place, place[node]) or not _same_form(target, node) or _has_odd_strides(target):
             continue
         node.target = twin
         for user in list(target.users):
@@ -121,6 +123,16 @@ def _is_private(targets: set[Node], place: dict[Node, int], at: int) -> bool:
 def _shares(node: Node) -> bool:
     """Whether the result may be its input's memory: a view, or an op that was left in place."""
     return is_alias(node) or is_mutable(node)
+
+
+def _has_odd_strides(target: Node) -> bool:
+    """Whether a dim of size 1 has a stride that a new tensor would not have: the twin's result would be another.
+
+    Fake values do not show it, for kernels see to it on their own.
+    """
+    value = target.meta["val"]
+    strides = zip(value.shape, value.stride(), make_contiguous_strides_for(value.shape), strict=True)
+    return any(isinstance(size, int) and size == 1 and str(step) != str(usual) for size, step, usual in strides)
 
 
 def _same_form(target: Node, node: Node) -> bool:

@@ -18,6 +18,7 @@ from tofu_fx.compilation import Cursor, Followed
 from tofu_fx.errors import TofuError
 from tofu_fx.fx.autocast import Autocasts, is_region
 from tofu_fx.fx.fakes import compute
+from tofu_fx.fx.nodes import is_op
 from tofu_fx.rewrite.strides import strides_of
 from tofu_fx.rewrite.token_count_inputs import fake_mode_of, faking
 
@@ -42,6 +43,8 @@ class _Checked(Interpreter):
         noted = n.meta.get("val")
         if n.op == "get_attr" and isinstance(noted, torch.Tensor):
             return noted  # a real tensor, which does not go with fake ones
+        if is_op(n, "item"):
+            return noted  # a number that a tensor holds when the model runs, by the symbol that stands for it
         value = super().run_node(n)
         if isinstance(value, torch.Tensor) and isinstance(noted, torch.Tensor) and _form(value)[:3] != _form(noted)[:3]:
             raise TofuError(f"{n.name} is {_form(value)}, was written as {_form(noted)}")

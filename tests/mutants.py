@@ -63,9 +63,9 @@ MUTANTS = (
         "stream.kept(self.emit, version, dims[place][0])", "stream.kept(self.emit, min(version, 1), dims[place][0])",
         ("rotary", "places"), "tests/rewrite/test_companions.py"),
     Mutant("long skips are gathered, not merged", "tofu_fx/rewrite/companions.py",
-        "if self._is_older_feature(value, dims, streams[0]):", "if False:", ("skip",), SKIPS),
+        "if not is_table and self._is_older_feature(value, dims, streams[0]):", "if False:", ("skip",), SKIPS),
     Mutant("nothing follows the stream", "tofu_fx/rewrite/rewriter.py",
-        "        mapping.update(self.ctx.companions.rebased(node, newest))\n", "", ("relative", "rotary"), REFERENCE),
+        "        mapping.update(self.ctx.companions.rebased(node, newest, mapping))\n", "", ("relative", "rotary"), REFERENCE),
     # ---- streams and restoring
     Mutant("sizes are not carried to the next reduction", "tofu_fx/rewrite/versions.py",
         "size = self.size(emit, self.newest, x)", "size = self.size(emit, 0, x)", ("mean", "deep"), REFERENCE),

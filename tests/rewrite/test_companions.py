@@ -81,9 +81,9 @@ def followed(meeting: Meeting, op: str, version: int = 2, strategy: str = "mean"
             if old.op == "call_function":
                 env[old, 0] = emit.copy(old, lambda n: env[n, 0])
         companions = companions_of(tracer, emit, stream, env)
-        found = companions.rebased(node, {0: version})
-        assert companions.rebased(node, {0: version}) == found  # made once: the same nodes
-        assert companions.rebased(node, {0: 0}) == {}
+        found = companions.rebased(node, {0: version}, {})
+        assert companions.rebased(node, {0: version}, {}) == found  # made once: the same nodes
+        assert companions.rebased(node, {0: 0}, {}) == {}
         return list(found.values())
 
     return list(emitted(write, X, *METRICS, GAIN, *given))

@@ -7,6 +7,7 @@ merged as the stream was.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,20 +35,23 @@ class Companions:
     env: dict[tuple[Node, Any], Any]
     _rebased: dict[Any, Node] = field(default_factory=dict)
 
-    def rebased(self, node: Node, newest: dict[int, int]) -> dict[Node, Any]:
-        """Operands indexed by token that are not part of the stream: tables, masks, biases, features from before it."""
+    def rebased(self, node: Node, newest: dict[int, int], carried: Mapping[Node, Any]) -> dict[Node, Any]:
+        """Operands indexed by token that are not part of the stream: tables, masks, biases, features from before it.
+
+        ``carried`` are the operands that are, as they are there. Such a one may be indexed by token in another of its
+        dims: what each query finds at each distance, by its product with a table.
+        """
         mapping: dict[Node, Any] = {}
         for value in tensor_inputs(node):
-            if self._in_reduced_stream(value) or not isinstance(value.meta["val"], torch.Tensor):
+            if not isinstance(value.meta["val"], torch.Tensor):
                 continue
             dims = consumer_dims(self.tracer, node, value)
             places = self._places(value, dims, newest)
             if places:
-                mapping[value] = self._gathered(value, dims, places, newest)
+                table = value in carried or _has_rows_of_pairs(node, value, places)
+                old = carried.get(value, self.env.get((value, 0)))
+                mapping[value] = self._gathered(value, old, dims, places, newest, table)
         return mapping
-
-    def _in_reduced_stream(self, value: Node) -> bool:
-        return any(atom.base.stream in self.streams for atom in self.tracer.tokens(value))
 
     def _places(self, value: Node, dims: tuple[Dim, ...], newest: dict[int, int]) -> list[int]:
         """The dims of an operand that are indexed by the tokens of what it meets."""
@@ -60,18 +64,27 @@ class Companions:
             and len(dim) == 1
             and dim[0].is_token
             and dim_size(own[i - ahead]) != 1
+            and not any(atom.is_token and atom.base.stream in self.streams for atom in own[i - ahead])
             and dim[0].base.stream in self.streams
             and newest.get(dim[0].base.stream, 0) > 0
         ]
 
-    def _gathered(self, value: Node, dims: tuple[Dim, ...], places: list[int], newest: dict[int, int]) -> Any:
+    def _gathered(
+        self,
+        value: Node,
+        old: Any,
+        dims: tuple[Dim, ...],
+        places: list[int],
+        newest: dict[int, int],
+        is_table: bool,
+    ) -> Any:
         # Queries and keys may be of two streams, each at a version of its own.
         streams = [self.streams[dims[place][0].base.stream] for place in places]
         versions = [newest[dims[place][0].base.stream] for place in places]
-        key = (value, dims, *versions)
+        key = (old, is_table, dims, *versions)
         if key not in self._rebased:
-            table = self.env[value, 0]
-            if self._is_older_feature(value, dims, streams[0]):
+            table = old
+            if not is_table and self._is_older_feature(value, dims, streams[0]):
                 layout = Layout(dims, places[0], streams[0].batch)
                 for step in range(1, versions[0] + 1):
                     table = streams[0].rebase(self.emit, table, layout, step)
@@ -108,6 +121,22 @@ class Companions:
         single = sum(any(atom.is_token for atom in dim) for dim in dims) == 1
         batched = not stream.batch or any(atom in stream.batch for dim in self.tracer.of(value) for atom in dim)
         return value in self.tracer.depends and tensor.is_floating_point() and full and single and batched
+
+
+def _has_rows_of_pairs(node: Node, value: Node, places: list[int]) -> bool:
+    """Whether an operand of an einsum has a row for each token, along an axis of the result that only it has.
+
+    That is a table of pairs (``bnid,bijd->bnij``), however it was made: not one vector of features for each token.
+    """
+    if not is_op(node, "einsum"):
+        return False
+    terms, out = str(node.args[0]).replace(" ", "").split("->")
+    operands: Any = node.args[1]
+    by_operand = dict(zip(operands, terms.split(","), strict=True))
+    own = by_operand.pop(value)
+    others = set("".join(by_operand.values()))
+    tokens = {own[place] for place in places}
+    return tokens <= others & set(out) and bool((set(own) & set(out)) - others - tokens)
 
 
 def is_one(size: Any) -> bool:

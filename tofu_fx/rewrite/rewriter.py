@@ -119,7 +119,7 @@ class Rewriter:
             for number, version in self.ctx.versions(value).items():
                 newest[number] = max(newest.get(number, 0), version)
         mapping: dict[Any, Any] = {value: self.ctx.at(value, self.ctx.key(value, newest)) for value in carried}
-        mapping.update(self.ctx.companions.rebased(node, newest))
+        mapping.update(self.ctx.companions.rebased(node, newest, mapping))
         if node in self.ctx.tracer.pools:
             mapping[node.args[0]] = weighted(self.ctx, node, mapping[node.args[0]], newest)
         bias = attention_bias(self.ctx, node, mapping, newest)

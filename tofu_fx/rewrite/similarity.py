@@ -162,11 +162,11 @@ class Similarity:
 
     def _aside(self, consumer: Node, value: Node) -> Node:
         """An operand that joins the scores, at the version of the keys."""
-        if self.context.native.get(value, 0):
-            return self.context.at(value, self.version)
-        newest = {self.stream.run.base.stream: self.version}
-        rebased = self.context.companions.rebased(consumer, newest) if self.version else {}
-        return rebased[value] if value in rebased else self.context.ahead(value)
+        context, newest = self.context, {self.stream.run.base.stream: self.version}
+        known = {value: context.at(value, self.version)} if context.native.get(value, 0) else {}
+        if self.version:
+            known.update(context.companions.rebased(consumer, newest, known))
+        return known[value] if value in known else context.ahead(value)
 
     def _along(self, way: tuple[Node, ...], value: Node) -> Node:
         """Append the ops of a way again, for another tensor at its start."""

@@ -72,6 +72,8 @@ def prepared(graph: Graph, facts: Facts) -> tuple[Graph, dict[Node, Entry], dict
             node = alias
         entries[node] = entry
     weights = {}
+    for node in new.find_nodes(op="call_function", target=aten.view.default):
+        node.target = aten.reshape.default  # what a formula gives lies otherwise in memory than what a kernel gives
     for node in list(new.nodes):
         if node.target is aten.scaled_dot_product_attention.default and node.name not in facts.barriers:
             written = _written_out(new, node)

@@ -234,15 +234,22 @@ def _moved(tokens: Tensor, chief: Tensor) -> Tensor:
     return index
 
 
-def companions(trial: Trial, place: int, results: list[list[Axis]]) -> list[Companion]:
-    """The ways in which an operand without tokens is indexed by those of the results."""
+def companions(trial: Trial, place: int, results: list[list[Axis]], own: list[Axis]) -> list[Companion]:
+    """The ways in which an operand is indexed by the tokens of the results, in dims in which it has none of its own.
+
+    ``own`` are the axes of the operand. It may be of tokens in one dim and be indexed by them in another: what each
+    query finds at each distance, by its product with a table.
+    """
     value, found = trial.operands[place], []
     axes = [axis for part in results for axis in part]
+    taken = {dim for axis in own for dim in range(value.dim()) if _varies(axis.token, dim)}
     for axis in axes:
         dims = _dims(trial, place, results, axis, "token")
+        dims = {dim: tokens for dim, tokens in dims.items() if dim not in taken}
         if dims:
             found.append(Companion(place, axis.stream, axis.sample, dims, None))
-    if len(found) == 1 and len(found[0].dims) == 1 and value.is_floating_point() and _is_full(trial, place):
+    one = not own and len(found) == 1 and len(found[0].dims) == 1
+    if one and value.is_floating_point() and _is_full(trial, place):
         (dim,), (axis,) = found[0].dims, [axis for axis in axes if axis.sample is found[0].sample]
         samples = _dims(trial, place, results, axis, "sample")
         if samples or int(axis.sample.max()) == 0:
@@ -270,14 +277,18 @@ def _along(labels: Tensor, dim: int, value: Tensor) -> Tensor:
     return labels.view(shape).expand(value.shape)
 
 
+def _varies(labels: Tensor, dim: int) -> bool:
+    return bool((labels != labels.narrow(dim, 0, 1)).any())
+
+
 def _dims(trial: Trial, place: int, results: list[list[Axis]], axis: Axis, what: str) -> dict[int, Tensor]:
     """The dims of an operand of which each index touches one token (or sample) of the axis only, and which."""
     value, labels = trial.operands[place], getattr(axis, what)
-    varying = {labels.shape[dim] for dim in range(labels.dim()) if bool((labels != labels.narrow(dim, 0, 1)).any())}
+    varying = {labels.shape[dim] for dim in range(labels.dim()) if _varies(labels, dim)}
     (part,) = (i for i, axes in enumerate(results) if axis in axes)
     found = {}
     for dim, size in enumerate(value.shape):
-        if size not in varying:
+        if size not in varying or not value.numel():
             continue
         index = trial.follow(place, _along(torch.arange(size), dim, value))[part]
         seen = index >= 0

@@ -126,9 +126,8 @@ class Labelling(Running):
             self.labels.axes[node.name] = results
             self.labels.companions[node.name] = [
                 companion
-                for place, value in enumerate(operands)
-                if not axes[place]
-                for companion in companions(trial, place, results)
+                for place in range(len(operands))
+                for companion in companions(trial, place, results, axes[place])
             ]
         return self.plain(node, {})
 
