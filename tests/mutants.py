@@ -65,7 +65,8 @@ MUTANTS = (
     Mutant("long skips are gathered, not merged", "tofu_fx/rewrite/companions.py",
         "if not is_table and self._is_older_feature(value, dims, streams[0]):", "if False:", ("skip",), SKIPS),
     Mutant("nothing follows the stream", "tofu_fx/rewrite/rewriter.py",
-        "        mapping.update(self.ctx.companions.rebased(node, newest, mapping))\n", "", ("relative", "rotary"), REFERENCE),
+        "        mapping.update(self.ctx.companions.rebased(node, newest, mapping))\n", "", ("relative", "rotary"),
+        REFERENCE),
     # ---- streams and restoring
     Mutant("sizes are not carried to the next reduction", "tofu_fx/rewrite/versions.py",
         "size = self.size(emit, self.newest, x)", "size = self.size(emit, 0, x)", ("mean", "deep"), REFERENCE),

@@ -155,7 +155,9 @@ class InPlace(nn.Module):
         return y
 
 
-@pytest.mark.parametrize("kind", ["private", "view read later", "through a view", "input", "other dtype", "strides of its own"])
+@pytest.mark.parametrize(
+    "kind", ["private", "view read later", "through a view", "input", "other dtype", "strides of its own"]
+)
 def test_functionalising_keeps_the_values_and_only_touches_what_nobody_else_sees(kind: str) -> None:
     x = torch.randn(2, 3, 4)
     model, expected_x = InPlace(kind).eval(), x.clone()

@@ -288,3 +288,26 @@ def test_model_that_the_walk_over_transformers_found_is_proved(kind: type[nn.Mod
     proofs = prove(kind().eval(), *inputs, options={"placement": placement}).check()
     assert len(proofs.matched) >= 2
     assert not proofs.undecided
+
+
+class CountedPlaces(nn.Module):
+    """As many places as a tensor says, beside the tokens (SAM 3)."""
+
+    def __init__(self, width: int = 16, depth: int = 3) -> None:
+        super().__init__()
+        self.qkv = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(depth))
+
+    def forward(self, x: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        places = torch.arange(0, count, dtype=x.dtype) / count
+        for qkv in self.qkv:
+            query, key, value = qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+            x = x + nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        return x.mean(1), places
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_number_that_a_tensor_holds_is_no_failure_of_a_pass(captured: bool) -> None:
+    torch.manual_seed(0)
+    with torch._dynamo.config.patch(capture_scalar_outputs=captured):
+        proofs = prove(CountedPlaces().eval(), torch.randn(2, 12, 16), torch.tensor(5), options={"placement": "stream"})
+    assert len(proofs.check().matched) == 2

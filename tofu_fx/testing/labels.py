@@ -255,8 +255,8 @@ def companions(trial: Trial, place: int, results: list[list[Axis]], own: list[Ax
         if samples or int(axis.sample.max()) == 0:
             token = _along(found[0].dims[dim], dim, value)
             where = [_along(labels, d, value) for d, labels in samples.items()] or [torch.zeros_like(token)]
-            own = Axis(axis.stream, token, torch.stack(where).amax(0))
-            found = [Companion(place, axis.stream, axis.sample, found[0].dims, own)]
+            features = Axis(axis.stream, token, torch.stack(where).amax(0))
+            found = [Companion(place, axis.stream, axis.sample, found[0].dims, features)]
     return found
 
 
