@@ -56,6 +56,23 @@ class Replaced(Between):
         return self.head(self.second(self.op(self.first(x))))
 
 
+class BiasedByPairs(nn.Module):
+    """Scores with what each query finds in a table of all pairs, made of the input: its keys' axis is no token axis."""
+
+    def __init__(self, width: int = 16, depth: int = 3) -> None:
+        super().__init__()
+        self.qkv = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From ``[B, N, 16]`` to ``[B, 16]``."""
+        pairs = (x[:, :, None, :8] - x[:, None, :, :8]).sin()
+        for qkv in self.qkv:
+            query, key, value = qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+            scores = query @ key.mT + torch.einsum("bhid,bijd->bhij", query, pairs)
+            x = x + (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+        return x.mean(1)
+
+
 def _view_in_place(x: Tensor) -> Tensor:
     """Something is read through a view from before it is changed in place."""
     x = x * 1.0
@@ -100,6 +117,7 @@ MODELS: dict[str, Tried] = {
     "post": Tried(Spec(norm="post", pooling="mean")),
     "replaced": Tried(Replaced),
     "post tokens": Tried(Spec(norm="post", pooling="tokens")),
+    "pairs": Tried(BiasedByPairs),
     "queries and keys": Tried(Spec(pooling="mean"), options={"match": "queries_keys", **STREAM}),
     "double": Tried(Spec(pooling="tokens", **DEEP), 3, dtype=torch.float64),  # type: ignore[arg-type]
     "image": Tried(
