@@ -93,6 +93,9 @@ def calls(model: torch.nn.Module, config: PreTrainedConfig) -> Iterator[dict[str
     if "decoder_input_ids" in wanted:
         text["decoder_input_ids"] = words[:, : LENGTH // 2]
     seen = [{"pixel_values": pixels} for pixels in _pixels(config, generator)]
+    if "noise" in wanted and isinstance(getattr(config, "patch_size", None), int):  # which patches are masked out
+        side = config.image_size // config.patch_size
+        seen = [{**image, "noise": torch.rand(2, side * side, generator=generator)} for image in seen]
     heard = [
         {name: torch.randn(shape, generator=generator)}
         for name, shape in (
@@ -105,7 +108,8 @@ def calls(model: torch.nn.Module, config: PreTrainedConfig) -> Iterator[dict[str
         )
     ]
     series = [{"past_values": torch.randn(2, 512, channels, generator=generator)} for channels in (1, 7)]
-    boxes = [{**text, "bbox": torch.randint(0, 9, (2, LENGTH, 4), generator=generator)}]
+    corners = torch.randint(0, 9, (2, LENGTH, 2, 2), generator=generator).cumsum(2)  # left upper, right lower
+    boxes = [{**text, "bbox": corners.flatten(2)}]
     both = [{**text, **image} for image in seen]
     main = getattr(model, "main_input_name", "input_ids")
     ways = [*boxes, *both, *seen, text, *heard, *series]

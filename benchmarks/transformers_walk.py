@@ -40,29 +40,29 @@ def load(family: str) -> tuple[torch.nn.Module, dict[str, Any]]:
     """A small model of a family, and the keywords of a call that it takes.
 
     Raises:
-        RuntimeError: none was found; says what the last one said.
+        RuntimeError: none was found; says what the first try said, which is of the smallest.
     """
-    said: Exception | str = "no config of it has a base model"
+    said: list[Exception | str] = []
     for config in configs(family):
         try:
             with torch.device("meta"):
                 count = sum(p.numel() for p in model_of(config).parameters())
             if count > MOST * 1e6:
-                said = f"its small config has {count / 1e6:.0f} million parameters"
+                said.append(f"its small config has {count / 1e6:.0f} million parameters")
                 continue
             torch.manual_seed(0)
             model = randomise(model_of(config))
         except Exception as error:  # noqa: BLE001 - its next config is tried
-            said = error
+            said.append(error)
             continue
         for call in calls(model, config):
             try:
                 model(**call)
             except Exception as error:  # noqa: BLE001 - its next call is tried
-                said = error
+                said.append(error)
             else:
                 return model, call
-    raise RuntimeError(str(said))
+    raise RuntimeError(str(said[0]) if said else "no config of it could be made small")
 
 
 @torch.no_grad()
