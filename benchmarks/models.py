@@ -101,8 +101,8 @@ def outcome(row: dict[str, Any]) -> str:
     return "declined" if row["declined"] or "no attention" not in " ".join(row["said"]) else "plain"
 
 
-def render(rows: dict[str, dict[str, Any]], walk: dict[str, Any]) -> str:
-    """The page."""
+def render(rows: dict[str, dict[str, Any]], walk: dict[str, Any], families: dict[str, Any]) -> str:
+    """The page: the catalogue, and the walks over timm's files and transformers' families."""
     counts = Counter(outcome(row) for row in rows.values())
     lines = [
         "# Models",
@@ -122,7 +122,7 @@ def render(rows: dict[str, dict[str, Any]], walk: dict[str, Any]) -> str:
     ]
     for name, row in rows.items():
         lines.append(_line(name, row))
-    return "\n".join([*lines, *_walked(walk), *_costs(rows, walk)]) + "\n"
+    return "\n".join([*lines, *_walked(walk), *_families(families), *_costs(rows, walk)]) + "\n"
 
 
 def _costs(rows: dict[str, dict[str, Any]], walk: dict[str, Any]) -> list[str]:
@@ -200,6 +200,38 @@ def _walked(walk: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _families(walk: dict[str, Any]) -> list[str]:
+    """The section on transformers' families: the accelerated ones by name, of the others the commonest reasons."""
+    if not walk:
+        return []
+    counts = Counter(row["outcome"] for row in walk["rows"])
+    why: Counter[str] = Counter()
+    for row in walk["rows"]:
+        if row["outcome"] == "declined":
+            why.update({_reason(reason) for reason in row["reasons"]})
+    lines = [
+        "",
+        "## transformers' families",
+        "",
+        f"A small model with random weights for each of {len(walk['rows'])} classes of configs "
+        f"(`python benchmarks/transformers_walk.py`, transformers {walk['transformers']}): {counts['accelerated']} "
+        f"accelerated, {counts['declined']} declined, {counts['plain']} without attention, {counts['failed']} failed. "
+        f"Of the other {counts['not built'] + counts['out of time']} no small model that runs on inputs of the usual "
+        "names was found, which says nothing of the compiler. Most that are declined are decoders:",
+        "",
+        *(f"- {count} families: {reason}" for reason, count in why.most_common(8)),
+        "",
+        "| family | model | sites | undecided |",
+        "|---|---|---|---|",
+    ]
+    for row in walk["rows"]:
+        if row["outcome"] == "accelerated":
+            undecided = "; ".join(dict.fromkeys(row.get("undecided", {}).values()))
+            sites = f"{row['matched']} of {row['matched'] + row['declined']}"
+            lines.append(f"| {row['module']} | {row['model']} | {sites} | {undecided} |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], help="words, one of which a model's name must hold")
@@ -225,8 +257,8 @@ def main() -> None:
     rows = {name: rows[name] for name in CATALOGUE if name in rows}
     result = {"torch": torch.__version__, "rows": rows}
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    walked = RESULTS.with_name("timm_walk.json")
-    PAGE.write_text(render(rows, json.loads(walked.read_text()) if walked.is_file() else {}))
+    walks = [RESULTS.with_name(f"{name}_walk.json") for name in ("timm", "transformers")]
+    PAGE.write_text(render(rows, *(json.loads(path.read_text()) if path.is_file() else {} for path in walks)))
     console.print(dict(Counter(outcome(row) for row in rows.values())))
 
 

@@ -17,10 +17,11 @@ sys.path.append(str(ROOT / "benchmarks"))
 models: Any = __import__("models")
 ROWS: dict[str, Any] = json.loads((RESULTS / "models.json").read_text())["rows"]
 WALK: dict[str, Any] = json.loads((RESULTS / "timm_walk.json").read_text())
+FAMILIES: dict[str, Any] = json.loads((RESULTS / "transformers_walk.json").read_text())
 
 
 def test_page_is_made_from_the_results() -> None:
-    assert (ROOT / "docs" / "models.md").read_text(encoding="utf-8") == models.render(ROWS, WALK)
+    assert (ROOT / "docs" / "models.md").read_text(encoding="utf-8") == models.render(ROWS, WALK, FAMILIES)
 
 
 def test_every_model_of_the_catalogue_is_on_the_page_and_none_failed() -> None:
@@ -41,6 +42,13 @@ def test_row_says_what_the_catalogue_expects(name: str) -> None:
 def test_one_model_of_every_file_of_timm_was_walked_and_none_failed() -> None:
     assert len(WALK["rows"]) > 90
     assert not [row["model"] for row in WALK["rows"] if row["outcome"] == "failed"]
+
+
+def test_families_of_transformers_were_walked_and_none_failed() -> None:
+    outcomes = [row["outcome"] for row in FAMILIES["rows"]]
+    assert len(outcomes) > 600
+    assert outcomes.count("accelerated") >= 100
+    assert not [row["module"] for row in FAMILIES["rows"] if row["outcome"] == "failed"]
 
 
 @pytest.mark.parametrize(
