@@ -134,6 +134,17 @@ def test_keys_that_carry_the_tokens_of_two_streams_are_matched_by_neither() -> N
     assert verdict.reduced
 
 
+def test_padding_of_a_branch_that_compares_for_itself_is_read_from_whole_scores() -> None:
+    spec = Spec(attention="einsum", mask="finite", prefix=0, pooling="mean", depth=1)
+    verdict = check(Case(spec, Use(placement="branch", mlp=True, reuse="none"), batch=1))
+    assert (verdict.failure, verdict.reduced) == ("", 1)
+
+
+def test_listed_layers_are_those_too_that_turn_out_to_be_out_of_reach() -> None:
+    verdict = check(Case(Spec(positions="none", prefix=0, pooling="mean", mixing="attention"), duplicates=True))
+    assert (verdict.failure, verdict.reduced) == ("", 1)
+
+
 def test_a_query_that_hides_all_keys_from_itself_sees_each_member_of_a_group() -> None:
     """Found by seed 202, case 83: where all scores are hidden, log(size) was lost beside -1e9."""
     spec = Spec(attention="matmul", softmax="self masked", positions="none", prefix=0, pooling="mean")

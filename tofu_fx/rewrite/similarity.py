@@ -148,7 +148,7 @@ class Similarity:
             return self._over_keys(self._visible(seen, dims), dims, len(dims) - 1)
         way, after = attention.way, attention.after
         dims, place = tracer.of(way[-1]), attention.softmax_dim % len(tracer.of(way[-1]))
-        version = self.context.native.get(way[0], 0)
+        version = self._reduced(way[0])
         # Only their shape is read: what compiles the graph drops the product, if it is made for that alone.
         scores = self.context.env[way[0], version] if version else self.context.ahead(way[0])
         blank = emit.call(aten.zeros_like.default, scores)
@@ -163,10 +163,18 @@ class Similarity:
     def _aside(self, consumer: Node, value: Node) -> Node:
         """An operand that joins the scores, at the version of the keys."""
         context, newest = self.context, {self.stream.run.base.stream: self.version}
-        known = {value: context.at(value, self.version)} if context.native.get(value, 0) else {}
+        known = {value: context.at(value, self.version)} if self._reduced(value) else {}
         if self.version:
             known.update(context.companions.rebased(consumer, newest, known))
         return known[value] if value in known else context.ahead(value)
+
+    def _reduced(self, value: Node) -> Any:
+        """The version at which a node of this stream was computed; 0 of another stream's, which is whole for this one.
+
+        The keys of an attention branch are reduced by then, where the MLP of its block compares tokens for itself.
+        """
+        same = self.stream.run.base.stream in self.context.numbers(value)
+        return self.context.native.get(value, 0) if same else 0
 
     def _along(self, way: tuple[Node, ...], value: Node) -> Node:
         """Append the ops of a way again, for another tensor at its start."""

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from tofu_fx.errors import TofuWarning
+from tofu_fx.sites.site import ever_planned
 from tofu_fx.testing.compare import relative_error, same_bits, tensors
 from tofu_fx.testing.fuzz_cases import Case, Steps, Use, draw, simpler
 from tofu_fx.testing.proofs import MEANING_TOLERANCE, Proofs, prove
@@ -104,7 +105,8 @@ def _counts(case: Case, proofs: Proofs) -> int | tuple[int, ...]:
     mixing = isinstance(case.subject, Spec) and case.subject.mixing != "none"
     if not (case.duplicates and mixing and proofs.matched):
         return case.use.r
-    return tuple(case.use.r if "blocks.0" in site.module_path else 0 for site in proofs.matched)
+    # The option lists those too that turn out to be out of reach while the graph is written.
+    return tuple(case.use.r if "blocks.0" in site.module_path else 0 for site in ever_planned(proofs.sites))
 
 
 def _form(outputs: Any, plain: Any) -> str:
