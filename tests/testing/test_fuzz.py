@@ -140,6 +140,19 @@ def test_padding_of_a_branch_that_compares_for_itself_is_read_from_whole_scores(
     assert (verdict.failure, verdict.reduced) == ("", 1)
 
 
+def test_branch_that_two_sites_claimed_is_entered_once() -> None:
+    """Found by seed 404, case 106: the site that was given up left its alias ahead of the other's."""
+    spec = Spec(
+        layout="merged", norm="post", fused_qkv=False, attention="matmul", addmm=True, layer_scale=True, dropout=True,
+        positions="none", pooling="mean_patches", skip="add", alias="view_as", reshape="flatten", in_place=True,
+        depth=3, grid=(2, 5),
+    )  # fmt: skip
+    use = Use(placement="branch", strategy="auto", mlp=True, reuse="resolution", dynamic=True)
+    verdict = check(Case(spec, use, batch=4, seed=1, duplicates=True))
+    assert not verdict.failure
+    assert verdict.reduced
+
+
 def test_listed_layers_are_those_too_that_turn_out_to_be_out_of_reach() -> None:
     verdict = check(Case(Spec(positions="none", prefix=0, pooling="mean", mixing="attention"), duplicates=True))
     assert (verdict.failure, verdict.reduced) == ("", 1)

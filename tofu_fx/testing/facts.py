@@ -48,8 +48,11 @@ def _entry(tracer: AxisTracer, site: Planned, branch: Branch | None, owner: str,
     axes = tracer.of(node)
     run = next(atom for dim in axes for atom in dim if atom.is_token)
     samples = _samples(tracer, site, axes)
-    # A branch that shares its input with others is entered at an alias, which the graph as traced does not have.
-    source = node if node.name in known else node.all_input_nodes[0]
+    # A branch that shares its input with others is entered at an alias, which the graph as traced does not have; if
+    # two sites claimed the branch, of which one was given up, at an alias of an alias.
+    source = node
+    while source.name not in known:
+        source = source.all_input_nodes[0]
     own = node is site.reduce_at or site.match in ("features", "sketch")
     query, key, weights = _attended(tracer, site, run, samples)
     return Entry(
