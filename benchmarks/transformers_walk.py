@@ -28,7 +28,7 @@ from transformers import CONFIG_MAPPING, MODEL_MAPPING
 from transformers_small import calls, configs, model_of
 from walking import judge, plain, show
 
-from tofu_fx.testing import randomise
+from tofu_fx.testing import randomise, same_bits, tensors
 
 RESULTS = Path(__file__).parent / "results" / "transformers_walk.json"
 #: million parameters that a small model may have; more of them are no small model
@@ -40,7 +40,7 @@ def load(family: str) -> tuple[torch.nn.Module, dict[str, Any]]:
     """A small model of a family, and the keywords of a call that it takes.
 
     Raises:
-        RuntimeError: none was found; says what the first try said, which is of the smallest.
+        RuntimeError: none was found, or it is random; says what the first try said, which is of the smallest.
     """
     said: list[Exception | str] = []
     for config in configs(family):
@@ -61,6 +61,8 @@ def load(family: str) -> tuple[torch.nn.Module, dict[str, Any]]:
             except Exception as error:  # noqa: BLE001 - its next call is tried
                 said.append(error)
             else:
+                if not same_bits(*(tensors(dict(model(**call))) for _ in range(2))):
+                    raise RuntimeError("its outputs are others in each call, on the same inputs")
                 return model, call
     raise RuntimeError(str(said[0]) if said else "no config of it could be made small")
 
