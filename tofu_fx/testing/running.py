@@ -47,10 +47,12 @@ class Running:
 
     def run(self, *inputs: Any) -> Any:
         """The graph's output on its inputs, which stay as they are."""
-        waiting = iter([value.clone() if isinstance(value, Tensor) else value for value in inputs])
+        # All at once: keys are computed ahead of their place, of weights that may be passed after the tokens.
+        given = [value.clone() if isinstance(value, Tensor) else value for value in inputs]
+        self.env.update(zip(self.prepared.graph.find_nodes(op="placeholder"), given, strict=True))
         for node in self.prepared.graph.nodes:
             if node.op == "placeholder":
-                self.env[node] = next(waiting)
+                pass
             elif node.op == "get_attr":
                 self.env[node] = self.attribute(str(node.target))
             elif node.op == "output":
