@@ -8,7 +8,7 @@ After:  ``%w = aten.slice_scatter(%x, %y, ...)``, later readers of ``%w``
 Hand-written models say ``x += self.attn(x)``, and write rotary positions into every second feature. The residual
 stream must be a value, or no node could stand for "the tokens before". Only done where it is provably the same: ``x``
 is made by this graph, is not a view, has no views that are still read, and the result has the same dtype, shape and
-strides (of dims of size 1, too: by those convolutions and norms tell which of their kernels to take).
+strides (of an image's dims of size 1, too: by those convolutions and norms tell which of their kernels to take).
 Anything else stays in place, and is a barrier to tokens.
 """
 
@@ -128,9 +128,12 @@ def _shares(node: Node) -> bool:
 def _has_odd_strides(target: Node) -> bool:
     """Whether a dim of size 1 has a stride that a new tensor would not have: the twin's result would be another.
 
-    Fake values do not show it, for kernels see to it on their own.
+    Only of images (and volumes) do kernels ask for the order of the dims, which they read from the strides. Fake values
+    do not show it, for kernels see to it on their own.
     """
     value = target.meta["val"]
+    if value.dim() < 4:
+        return False
     strides = zip(value.shape, value.stride(), make_contiguous_strides_for(value.shape), strict=True)
     return any(isinstance(size, int) and size == 1 and str(step) != str(usual) for size, step, usual in strides)
 
