@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 _MANY = 2**40
+#: other names of pointwise ops, without their tag
+_UNTAGGED = ("multiply", "divide", "subtract")
 _SOFTMAX = ("softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax")
 
 
@@ -102,9 +104,14 @@ class Trial:
         return [where if bool(where.any()) else None for where in nan]
 
     @property
+    def name(self) -> str:
+        """The name of the op."""
+        return str(getattr(getattr(self.target, "_schema", None), "name", "")).removeprefix("aten::")
+
+    @property
     def pointwise(self) -> bool:
         """Whether each element of the result is made of the elements at its place alone."""
-        return torch.Tag.pointwise in getattr(self.target, "tags", ())
+        return torch.Tag.pointwise in getattr(self.target, "tags", ()) or self.name in _UNTAGGED
 
     @property
     def is_view(self) -> bool:
@@ -121,7 +128,7 @@ class Trial:
             views = parts(self.call([*self.operands[:place], labels, *self.operands[place + 1 :]]))
             if all(view.dtype == labels.dtype for view in views):  # a cast is a view, too, and would change them
                 return views
-        if getattr(getattr(self.target, "_schema", None), "name", "").removeprefix("aten::") in _SOFTMAX:
+        if self.name in _SOFTMAX:
             return [labels]  # each element is its own logit's, whatever they are all divided by
         return self._decode(place, labels)
 
@@ -249,7 +256,7 @@ def companions(trial: Trial, place: int, results: list[list[Axis]], own: list[Ax
         if dims:
             found.append(Companion(place, axis.stream, axis.sample, dims, None))
     one = not own and len(found) == 1 and len(found[0].dims) == 1
-    if one and value.is_floating_point() and _is_full(trial, place):
+    if one and value.is_floating_point() and _is_full(trial, value):
         (dim,), (axis,) = found[0].dims, [axis for axis in axes if axis.sample is found[0].sample]
         samples = _dims(trial, place, results, axis, "sample")
         if samples or int(axis.sample.max()) == 0:
@@ -260,16 +267,11 @@ def companions(trial: Trial, place: int, results: list[list[Axis]], own: list[Ax
     return found
 
 
-def _is_full(trial: Trial, place: int) -> bool:
+def _is_full(trial: Trial, value: Tensor) -> bool:
     """Whether no element of the operand is used for several of the result."""
-    value = trial.operands[place]
     if trial.pointwise:
-        return bool(value.shape == trial.results[0].shape)
-    for index in trial.follow(place, torch.arange(value.numel()).view(value.shape)):
-        used = index[index >= 0]
-        if not len(used) or len(used) != len(distinct(used)):
-            return False
-    return True
+        return value.shape == trial.results[0].shape
+    return trial.name in ("cat", "stack")
 
 
 def _along(labels: Tensor, dim: int, value: Tensor) -> Tensor:

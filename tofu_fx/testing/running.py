@@ -129,6 +129,8 @@ class Labelling(Running):
             self.labels.companions[node.name] = [
                 companion
                 for place in range(len(operands))
+                # Of other ops each element would be tried, and memory that nobody wrote yet says anything.
+                if trial.pointwise or not axes[place]
                 for companion in companions(trial, place, results, axes[place])
             ]
         return self.plain(node, {})
