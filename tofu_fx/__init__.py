@@ -8,7 +8,8 @@ from tofu_fx.errors import CalibrationError, OptionError, PassError, PlanError, 
 from tofu_fx.plan.options import Options
 from tofu_fx.plan.plan import Plan
 from tofu_fx.report.explain import Explanation, explain
-from tofu_fx.report.sweep import Sweep, sweep
+from tofu_fx.report.sweep import sweep
+from tofu_fx.report.swept import Sweep
 from tofu_fx.report.tokens import token_groups
 
 __all__ = [

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 import tofu_fx
 from tofu_fx import Plan, cli
-from tofu_fx.report.sweep import Sweep, SweepRow
+from tofu_fx.report.swept import Sweep, SweepRow
 
 FACTORIES = """
 import timm, torch

@@ -9,8 +9,9 @@ from typing import Literal
 
 from tofu_fx.calibration.batches import device_of
 from tofu_fx.calibration.cost import CostModel
+from tofu_fx.calibration.kinds import best_kind, by_linearity, curves_of
 from tofu_fx.calibration.rehearsal import Choice, Choices
-from tofu_fx.calibration.sensitivity import Curve, Kind, Predictor, Sensitivity, first_kind, kinds
+from tofu_fx.calibration.sensitivity import Kind, Predictor, first_kind, kinds
 from tofu_fx.calibration.survey import Survey
 from tofu_fx.calibration.target import Target
 from tofu_fx.calibration.tune import Tuner
@@ -62,10 +63,10 @@ class Decider:
     chosen_by: Literal["sensitivity", "linearity"] = "sensitivity"
 
     def __post_init__(self) -> None:
-        best = {name: self._best_kind(found) for name, found in self.survey.sensitivity.items()}
+        best = {name: best_kind(found) for name, found in self.survey.sensitivity.items()}
         trial = self.survey.trial
         weights = dict.fromkeys((site.id for site in trial.sites), 1.0)
-        predictor = Predictor(trial.sites, trial.stream_of, self._curves(best), weights)
+        predictor = Predictor(trial.sites, trial.stream_of, curves_of(self.survey, best), weights)
         timed = self.target.kind in ("speedup", "error")
         if self.seconds is None:
             instead = ": operations were planned instead of time" if timed else ""
@@ -230,7 +231,7 @@ class Decider:
         ways = [tuner.kinds]
         ways += [dict.fromkeys(survey.sensitivity, kind) for kind in kinds(entries[0])[:-1]]
         ways = [way for way in ways if all(way[entry.site.id] in kinds(entry) for entry in entries)]
-        by_linearity = [self._by_linearity(share) for share in PRUNED_SHARES]
+        by_linearity = [by_linearity(survey, share) for share in PRUNED_SHARES]
         losses = [self._loss_of(way, budget) for way in ways]
         linear = [self._loss_of(way, budget) for way, _ in by_linearity]
         place, linear_place = losses.index(min(losses)), linear.index(min(linear))
@@ -244,39 +245,13 @@ class Decider:
         linearity = self.policy == "linearity" or (self.policy == "auto" and better)
         self.chosen_by = "linearity" if linearity else "sensitivity"
         tuner.kinds = by_linearity[linear_place][0] if linearity else ways[place]
-        tuner.predictor = replace(tuner.predictor, curves=self._curves(tuner.kinds))
+        tuner.predictor = replace(tuner.predictor, curves=curves_of(survey, tuner.kinds))
 
     def _loss_of(self, way: dict[str, Kind], budget: float) -> float:
         """The loss of the plan that is the best with these kinds, on the samples of the survey."""
-        predictor = replace(self.tuner.predictor, curves=self._curves(way))
+        predictor = replace(self.tuner.predictor, curves=curves_of(self.survey, way))
         plan = replace(self.tuner, kinds=way, predictor=predictor).within_cost(budget)
         return math.inf if plan is None else self.tuner.loss(plan, self.survey.few)
-
-    def _by_linearity(self, pruned: float) -> tuple[dict[str, Kind], float]:
-        """Prune at the share of the sites whose linearity is lowest, merge at the others; and the threshold."""
-        known = {name: s.mean for name in self.survey.linearity if (s := self.survey.score(name)) is not None}
-        ranked = sorted(known.values())
-        count = round(pruned * len(ranked))
-        if 0 < count < len(ranked):
-            threshold = (ranked[count - 1] + ranked[count]) / 2
-        else:
-            threshold = 0.0 if count == 0 else math.nextafter(1.0, 2.0)
-        decided = {
-            name: self._best_kind(found, prune=known.get(name, 1.0) < threshold)
-            for name, found in self.survey.sensitivity.items()
-        }
-        return decided, threshold
-
-    def _best_kind(self, found: Sensitivity, prune: bool | None = None) -> Kind:
-        """The kind of least measured error at a site, of all, of those that prune, or of those that merge."""
-        curves = {kind: c for kind, c in found.curves().items() if prune is None or (kind[0] == "prune") == prune}
-        merge, match = first_kind(found.site)
-        return min(curves, key=lambda kind: curves[kind].errors[-1], default=("prune" if prune else merge, match))
-
-    def _curves(self, chosen: dict[str, Kind]) -> dict[str, Curve]:
-        """The error curve of each site's kind."""
-        known = {name: found.curves() for name, found in self.survey.sensitivity.items()}
-        return {name: curves[chosen[name]] for name, curves in known.items() if chosen[name] in curves}
 
     def reason(self, name: str, choice: Choice) -> str:
         """Why a site got what it got, in words."""

@@ -15,15 +15,15 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
-import torch
 from torch.fx import Node
 
-from tofu_fx.axes.atoms import Atom, Axes
+from tofu_fx.axes.atoms import Atom
 from tofu_fx.axes.tracer import AxisTracer
 from tofu_fx.fx.nodes import is_op, tensor_inputs
 from tofu_fx.fx.op_families import CONVOLUTIONS, COPIES, TOKEN_NORMS, WORK
 from tofu_fx.fx.stages import advanced
-from tofu_fx.sites.residual import LOOKED_AT, descendants, image_of, protected, token_places, too_few
+from tofu_fx.sites.residual import LOOKED_AT, descendants, image_of, token_places, too_few
+from tofu_fx.sites.runs import carries, is_enterable, outside, run_of
 from tofu_fx.sites.site import Branch, Decline, Declined, Found, Placed
 
 logger = logging.getLogger("tofu_fx")
@@ -62,8 +62,8 @@ def place_branches(
         if found is None:
             continue
         add, branch = found
-        run = _run_of(branch.enter, tokens, plain)
-        prefix, suffix = _outside(run, tokens, plain)
+        run = run_of(branch.enter, tokens, plain)
+        prefix, suffix = outside(run, tokens, plain)
         free = run.size - prefix - suffix
         image = image_of(tokens, free, plain)
         place = advanced(
@@ -103,7 +103,7 @@ def _attention_branch(
         inputs = tensor_inputs(user)
         if not any(value in reached for value in inputs):
             continue
-        skips = [v for v in inputs if v not in reached and _carries(v, tokens, plain)]
+        skips = [v for v in inputs if v not in reached and carries(v, tokens, plain)]
         if is_op(user, "add") and len(skips) == 1 and _same_rank(user, skips[0]):
             enter = _entry(_attended(site), skips[0], tokens, plain, order)
             if enter is not None:
@@ -144,7 +144,7 @@ def _next_branches(
             return found
         if any(is_op(node, "scaled_dot_product_attention", "softmax") for node in branch.inside):
             branch = replace(branch, kind="cross")
-        if branch.kind in kinds and _run_of(enter, tokens, plain) == run:
+        if branch.kind in kinds and run_of(enter, tokens, plain) == run:
             found.append(branch)
         add = following
 
@@ -157,7 +157,7 @@ def _branch(
     plain: AxisTracer,
     order: Mapping[Node, int],
 ) -> Branch:
-    ((dim, place),) = token_places(plain, enter, _run_of(enter, tokens, plain))
+    ((dim, place),) = token_places(plain, enter, run_of(enter, tokens, plain))
     return Branch(kind, enter, _between(enter, end, order), dim, place)
 
 
@@ -176,7 +176,7 @@ def _next_add(
         if not behind:
             continue
         skips = [value for value in behind if value in stream]
-        branch = [value for value in behind if value not in stream and _carries(value, tokens, plain)]
+        branch = [value for value in behind if value not in stream and carries(value, tokens, plain)]
         if is_op(node, "add") and len(skips) == len(branch) == 1 and _same_rank(node, branch[0]):
             return node, skips[0], branch[0]
         reached.add(node)
@@ -209,12 +209,12 @@ def _entry(
         if is_op(node, *_WORK):
             products.append(node)
         for value in tensor_inputs(node):
-            if value not in seen and _carries(value, tokens, plain):
+            if value not in seen and carries(value, tokens, plain):
                 seen.add(value)
                 heapq.heappush(todo, (-order[value], value))
     else:
         return None
-    usable = [node for node in dict.fromkeys(narrow) if _is_enterable(node, tokens, plain)]
+    usable = [node for node in dict.fromkeys(narrow) if is_enterable(node, tokens, plain)]
     first = min((order[node] for node in products), default=len(order))
     ahead = [node for node in usable if order[node] < first]
     if ahead:
@@ -234,47 +234,10 @@ def _roots(skip: Node, tokens: Atom, plain: AxisTracer) -> set[Node]:
             logger.debug("%s: branches may start at %d nodes of the stream; this is one more", node, MOST_PARALLEL)
             continue
         for value in sources:
-            if value not in roots and _carries(value, tokens, plain):
+            if value not in roots and carries(value, tokens, plain):
                 roots.add(value)
                 origins.append(value)
     return roots
-
-
-def _is_enterable(node: Node, tokens: Atom, plain: AxisTracer) -> bool:
-    value = node.meta["val"]
-    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-        return False
-    own = _run_of(node, tokens, plain, missing_ok=True)
-    return own is not None and len(token_places(plain, node, own)) == 1
-
-
-def _carries(node: Node, tokens: Atom, plain: AxisTracer) -> bool:
-    """Whether a tensor has the tokens in one of its dims, alone or joined with others."""
-    return node in plain.depends and _run_of(node, tokens, plain, missing_ok=True) is not None
-
-
-def _run_of(node: Node, tokens: Atom, plain: AxisTracer, missing_ok: bool = False) -> Atom:
-    """The atom of a tensor that the tokens are, or are a part of (text and image as one)."""
-    for part in plain.parts(node):
-        for dim in part:
-            whole = plain.space.flat(dim)
-            for atom in (whole, *dim):
-                if atom is not None and (atom == tokens or (tokens, tokens.size) in plain.space.pieces(atom)):
-                    return atom
-        if _is_map(part, tokens, plain):
-            return tokens
-    if missing_ok:
-        return None  # type: ignore[return-value]
-    raise AssertionError(f"{node.name} has no such tokens")
-
-
-def _is_map(axes: Axes, tokens: Atom, plain: AxisTracer) -> bool:
-    """Whether a tensor has the tokens as a map: height and width in dims of their own, side by side."""
-    factors = plain.space.flattened(tokens)
-    single = [dim[0] if len(dim) == 1 else None for dim in axes]
-    return len(factors) > 1 and any(
-        tuple(single[i : i + len(factors)]) == factors for i in range(len(axes) - len(factors) + 1)
-    )
 
 
 def _same_rank(node: Node, other: Node) -> bool:
@@ -294,15 +257,3 @@ def _between(start: Node, end: Node, order: Mapping[Node, int]) -> frozenset[Nod
         if any(value in forward for value in node.all_input_nodes):
             forward.add(node)
     return frozenset(back & forward)
-
-
-def _outside(run: Atom, tokens: Atom, plain: AxisTracer) -> tuple[int, int]:
-    """The protected tokens of a run before and after those that may be reduced."""
-    if run == tokens:
-        return protected(tokens, plain)
-    ahead, pieces = 0, plain.space.pieces(run)
-    for atom, size in pieces:
-        if atom == tokens:
-            return ahead, run.size - ahead - size
-        ahead += size
-    raise AssertionError("the tokens are no part of the run")

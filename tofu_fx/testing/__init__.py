@@ -13,12 +13,12 @@ from tofu_fx.testing.assertions import (
     permutation_safe,
     well_formed,
 )
+from tofu_fx.testing.axis import Unfit
 from tofu_fx.testing.compare import randomise, relative_error, same_bits, tensors
 from tofu_fx.testing.duplicates import repeated, without_positions
 from tofu_fx.testing.formulas import Undecided
 from tofu_fx.testing.graphs import Pass, applied, capture, capture_aten, difference, lowered, same_graph
 from tofu_fx.testing.interpreter import Interpreter
-from tofu_fx.testing.labels import Unfit
 from tofu_fx.testing.proofs import (
     MEANING_TOLERANCE,
     PERMUTATION_TOLERANCE,

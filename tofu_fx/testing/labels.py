@@ -15,66 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_MANY = 2**40
+from tofu_fx.testing.axis import MANY, Axis, Unfit, are_several, distinct
+
 #: other names of pointwise ops, without their tag
 _UNTAGGED = ("multiply", "divide", "subtract")
 _SOFTMAX = ("softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax")
-
-
-class Unfit(Exception):
-    """The interpreter cannot follow this graph; the message says why."""
-
-
-@dataclass(frozen=True, eq=False)
-class Axis:
-    """The tokens of one stream in a tensor: for each element its token and its sample, -1 where it is of none."""
-
-    stream: int
-    token: Tensor
-    sample: Tensor
-
-    @cached_property
-    def tokens(self) -> Tensor:
-        """The tokens that the tensor has, ascending."""
-        return distinct(self.token)
-
-    @property
-    def is_single(self) -> bool:
-        """Whether all its elements that are of a token are of one."""
-        return not _are_several(self.token)
-
-    @cached_property
-    def places(self) -> Tensor:
-        """Where the elements of each token lie in the flat tensor, ``[B, tokens, F]``."""
-        token, sample = self.token.flatten(), self.sample.flatten()
-        inside = (token >= 0).nonzero().squeeze(1)
-        if bool((sample[inside] < 0).any()):
-            raise Unfit("an op mixes the samples of a stream")
-        order = inside[(sample[inside] * _MANY + token[inside]).argsort(stable=True)]
-        samples = len(distinct(sample[inside]))
-        if len(order) % (samples * len(self.tokens)):
-            raise Unfit("tokens of one tensor have different numbers of elements")
-        return order.view(samples, len(self.tokens), -1)
-
-    def change(self, value: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-        """The tensor with ``change`` applied to its tokens ``[B, tokens, F]``; what is of none stays."""
-        flat = value.flatten().clone()
-        flat[self.places] = change(flat[self.places])
-        return flat.view(value.shape)
-
-
-def distinct(labels: Tensor) -> Tensor:
-    """The labels that there are, ascending, without those of none: as ``unique``, which sorts all of them."""
-    known = labels[labels >= 0]
-    seen = torch.zeros(int(known.max()) + 1 if len(known) else 0, dtype=torch.bool)
-    seen[known] = True
-    return seen.nonzero().flatten()
-
-
-def _are_several(labels: Tensor) -> bool:
-    """Whether there are two labels, or more, that differ."""
-    highest = labels.max()
-    return bool((torch.where(labels >= 0, labels, highest) != highest).any())
 
 
 Call = Callable[[Sequence[Any]], Any]
@@ -187,12 +132,12 @@ def _filled(labels: Tensor, least: int) -> Tensor:
     fewer than ``least`` stay: those of one token alone say nothing of its neighbours.
     """
     known = labels >= 0
-    if bool(known.all()) or not bool(known.any()) or (least > 1 and not _are_several(labels)):
+    if bool(known.all()) or not bool(known.any()) or (least > 1 and not are_several(labels)):
         return labels
     for dim in range(labels.dim()):
         known = labels >= 0
         highest = labels.amax(dim, keepdim=True)
-        lowest = torch.where(known, labels, _MANY).amin(dim, keepdim=True)
+        lowest = torch.where(known, labels, MANY).amin(dim, keepdim=True)
         if bool((lowest[highest >= 0] == highest[highest >= 0]).all()):
             labels = torch.where(known, labels, highest)
     return labels
@@ -296,7 +241,7 @@ def _dims(trial: Trial, place: int, results: list[list[Axis]], axis: Axis, what:
         seen = index >= 0
         lowest, highest = (
             torch.full((size,), start).scatter_reduce(0, index[seen], labels[seen], reduce)
-            for start, reduce in ((_MANY, "amin"), (-1, "amax"))
+            for start, reduce in ((MANY, "amin"), (-1, "amax"))
         )
         if bool((lowest[highest >= 0] == highest[highest >= 0]).all()) and bool((highest >= 0).any()):
             found[dim] = highest

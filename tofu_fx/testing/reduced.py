@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from tofu_fx.testing.axis import Axis, Unfit
 from tofu_fx.testing.formulas import groups_of, join, merge, metric_of, similarity
-from tofu_fx.testing.labels import Axis, Companion, Unfit
+from tofu_fx.testing.labels import Companion
 from tofu_fx.testing.running import Prepared, Running
 from tofu_fx.testing.told import Entry, Vectors
 

@@ -11,7 +11,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from tofu_fx.testing.labels import Axis, Companion, Trial, Unfit, carry, companions
+from tofu_fx.testing.axis import Axis, Unfit
+from tofu_fx.testing.labels import Companion, Trial, carry, companions
 from tofu_fx.testing.told import Entry, Facts
 
 

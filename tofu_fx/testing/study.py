@@ -18,10 +18,10 @@ from tofu_fx.plan.options import Options
 from tofu_fx.plan.plan import Plan
 from tofu_fx.plan.records import PlanRow
 from tofu_fx.sites.site import Placed, Planned, Site
+from tofu_fx.testing.axis import Unfit
 from tofu_fx.testing.facts import facts_of
 from tofu_fx.testing.formulas import Undecided
 from tofu_fx.testing.interpreter import Interpreter
-from tofu_fx.testing.labels import Unfit
 from tofu_fx.testing.running import Labels
 from tofu_fx.testing.shuffle import Shuffler
 

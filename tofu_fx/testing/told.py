@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tofu_fx.testing.labels import Axis
+from tofu_fx.testing.axis import Axis
 
 
 @dataclass(frozen=True)
