@@ -12,6 +12,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Interpreter
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests.harness import study
 from tests.zoo import CATALOGUE
@@ -45,6 +46,12 @@ class Both(Interpreter):
         return value
 
 
+@pytest.fixture(autouse=True)
+def _nothing_known() -> None:
+    """Each op is computed at its first call, whatever was computed before."""
+    fakes._KNOWN.clear()
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What was computed the quick way."""
@@ -66,10 +73,13 @@ def test_every_op_of_a_model_has_the_fake_value_that_the_mode_gives_it(name: str
     with torch.no_grad():
         found = study(case.model(), *args, variants={"reduced": {"r": 2}}, proofs=False, **kwargs)
     for compilation in found.compilations("reduced"):
-        gm, count = compilation.gm, len(quick)
-        with faking(fake_mode_of(gm)):
-            Both(gm).run(*(node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")))
-        assert len(quick) - count > len(gm.graph.nodes) / 4, "the quick way is hardly taken"
+        gm, mode = compilation.gm, fake_mode_of(compilation.gm)
+        for _ in ("computed", "remembered"):
+            count, known = len(quick), len(fakes._KNOWN.get(mode, ()))
+            with faking(mode):
+                Both(gm).run(*(node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")))
+            assert len(quick) - count > len(gm.graph.nodes) / 4, "the quick way is hardly taken"
+        assert 0 < known == len(fakes._KNOWN[mode]), "nothing is remembered"
 
 
 X = (2, 6, 8)
@@ -150,6 +160,44 @@ def test_shapes_that_do_not_fit_are_errors(target: Any, args: list[Any]) -> None
 
     with FakeTensorMode(), torch.no_grad(), pytest.raises(RuntimeError):
         compute(target, made(args), {})
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("op", list(OPS))
+def test_what_is_remembered_is_what_was_computed(op: str, layout: str) -> None:
+    with FakeTensorMode(), torch.no_grad():
+        x, w, b = LAYOUTS[layout](torch.empty(X)), torch.empty(8, 8), torch.empty(8)
+        try:
+            first = OPS[op](x, w, b)
+        except Exception:  # noqa: BLE001 - what is refused is refused again
+            with pytest.raises(Exception):  # noqa: B017
+                OPS[op](x, w, b)
+            return
+        second = OPS[op](x, w, b)
+    assert form(first) == form(second)
+    parts = list(zip(fakes._tensors([first]), fakes._tensors([second]), strict=True))
+    assert parts
+    for a, b in parts:  # views of the input are made anew, for they lie in its memory
+        assert (memory(a) == memory(x)) == (memory(b) == memory(x))
+        assert (memory(a) == memory(b)) == (memory(a) == memory(x))
+
+
+def memory(tensor: Tensor) -> StorageWeakRef:
+    return StorageWeakRef(tensor.untyped_storage())
+
+
+def test_numbers_that_are_equal_but_of_other_types_are_not_taken_for_one_another() -> None:
+    with FakeTensorMode(), torch.no_grad():
+        x = torch.empty(2, dtype=torch.long)
+        dtypes = [compute(aten.mul.Tensor, (x, number), {}).dtype for number in (1, 1.0, True, 1, 1.0)]
+    assert dtypes == [torch.long, torch.float, torch.long, torch.long, torch.float]
+
+
+def test_complex_tensors_that_are_conjugated_lazily_are_not_taken_for_others() -> None:
+    with FakeTensorMode(), torch.no_grad():
+        x = torch.empty(2, dtype=torch.complex64)
+        found = [compute(aten.resolve_conj.default, (value,), {}) for value in (x.conj(), x, x.conj())]
+    assert [memory(value) == memory(x) for value in found] == [False, True, False]
 
 
 def test_what_is_unusual_is_left_to_the_mode(quick: list[Any]) -> None:
