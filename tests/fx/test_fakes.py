@@ -14,11 +14,14 @@ from torch.fx import Interpreter
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from tests.harness import study
-from tests.zoo import CATALOGUE
+from tests.harness import EAGER, study
+from tests.zoo import CATALOGUE, ZOO
+from tofu_fx.calibration.rehearsal import Rehearsal
 from tofu_fx.fx import fakes
 from tofu_fx.fx.fakes import compute
+from tofu_fx.plan.options import Options
 from tofu_fx.rewrite.token_count_inputs import fake_mode_of, faking
+from tofu_fx.testing import capture
 
 aten = torch.ops.aten
 MODELS = [
@@ -32,9 +35,16 @@ MODELS = [
 def form(value: Any) -> Any:
     if isinstance(value, Tensor):
         assert isinstance(value, FakeTensor)
-        place = (tuple(value.shape), value.stride(), value.storage_offset())
+        sizes = [*value.shape, *value.stride(), value.storage_offset()]
+        place = tuple(at_some(size) if isinstance(size, torch.SymInt) else size for size in sizes)
         return (*place, value.dtype, value.device, value.requires_grad, value.fake_mode)
     return [form(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def at_some(size: torch.SymInt) -> list[int]:
+    """A symbolic size at some values of its symbols: a comparison would be a guard, which makes sizes equal."""
+    expr = size.node.expr
+    return [int(expr.subs(dict.fromkeys(expr.free_symbols, value))) for value in (1, 5, 11)]
 
 
 class Both(Interpreter):
@@ -80,6 +90,23 @@ def test_every_op_of_a_model_has_the_fake_value_that_the_mode_gives_it(name: str
                 Both(gm).run(*(node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")))
             assert len(quick) - count > len(gm.graph.nodes) / 4, "the quick way is hardly taken"
         assert 0 < known == len(fakes._KNOWN[mode]), "nothing is remembered"
+
+
+@pytest.mark.parametrize("name", ["vit", "eva02", "hf_beit", "grouped_query", "encoder_batch_first"])
+def test_every_op_of_a_rehearsed_model_with_symbolic_token_counts_too(name: str, quick: list[Any]) -> None:
+    entry = ZOO[name]
+    with torch.no_grad():
+        gm, inputs = capture(entry.model(), entry.batch())
+        rehearsed = Rehearsal.of(gm, inputs, Options.parse(EAGER)).gm
+        symbolic = [node for node in rehearsed.graph.nodes if is_symbolic(node.meta.get("val"))]
+        with faking(fake_mode_of(rehearsed)):
+            Both(rehearsed).run(*(node.meta["val"] for node in rehearsed.graph.find_nodes(op="placeholder")))
+    assert len(symbolic) > 20
+    assert sum(map(is_symbolic, quick)) > len(symbolic) / 4, "the quick way is hardly taken"
+
+
+def is_symbolic(value: Any) -> bool:
+    return isinstance(value, Tensor) and any(isinstance(size, torch.SymInt) for size in value.shape)
 
 
 X = (2, 6, 8)

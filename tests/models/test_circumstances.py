@@ -13,10 +13,10 @@ import transformers
 from torch import Tensor, nn
 
 import tofu_fx
-from tests.harness import relative_error, same_bits
+from tests.harness import prove, relative_error, same_bits
 from tests.zoo import ZOO
 from tofu_fx.errors import TofuWarning
-from tofu_fx.testing import prove, randomise
+from tofu_fx.testing import randomise
 
 R = 4
 # The same float32 graph on the same values; a kernel may add in another order for another batch or memory layout.

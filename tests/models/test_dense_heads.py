@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tofu_fx
-from tests.harness import MEANING_TOLERANCE, compiled, randomise, relative_error, study
+from tests.harness import MEANING_TOLERANCE, compiled, prove, randomise, relative_error, study
 from tests.mutation_models import Replaced
 from tests.oracle.stream import Reducer, attention, reference_vit
 from tests.zoo.odd import JoinedLate
-from tofu_fx.testing import prove
 
 GRID, DIM = 6, 32
 PATCHES = GRID * GRID

@@ -16,10 +16,10 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 import tofu_fx
-from tests.harness import Study, compiled, randomise, relative_error, same_bits, study
+from tests.harness import Study, compiled, prove, randomise, relative_error, same_bits, study
 from tests.zoo.diffusion_catalogue import CROSS, DIFFUSION_CASES, TEXT, Called, unet, unet_inputs
 from tofu_fx.plan.records import PlanRow
-from tofu_fx.testing import MEANING_TOLERANCE, prove
+from tofu_fx.testing import MEANING_TOLERANCE
 
 ALL = ["attention", "mlp", "cross"]
 EVERYWHERE = {"placement": "branch", "branches": ALL, "max_downsample": 8}

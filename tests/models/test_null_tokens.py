@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.harness import prove
 from tests.zoo.handwritten import DIM, HEADS, mlp
-from tofu_fx.testing import prove, randomise
+from tofu_fx.testing import randomise
 
 N, DEPTH = 18, 2
 

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.harness import compiled, randomise, same_bits
-from tofu_fx.testing import prove
+from tests.harness import compiled, prove, randomise, same_bits
 
 SIDE, DIM, CLASSES, ENCODER, DECODER = 8, 48, 5, 4, 2
 IMAGES = torch.randn(2, 3, 4 * SIDE, 4 * SIDE, generator=torch.Generator().manual_seed(5))

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import tofu_fx
-from tests.harness import compiled, randomise
+from tests.harness import compiled, prove, randomise
 from tofu_fx.compilation import Lowered
 from tofu_fx.fx.nodes import is_op
 from tofu_fx.plan.options import Options
-from tofu_fx.testing import capture_aten, honest_meta, idempotent, keeps_outputs, prove, well_formed
+from tofu_fx.testing import capture_aten, honest_meta, idempotent, keeps_outputs, well_formed
 
 X = torch.randn(2, 12, 8, generator=torch.Generator().manual_seed(0))
 

@@ -10,12 +10,11 @@ import timm
 import torch
 
 import tofu_fx
-from tests.harness import compiled, same_bits
+from tests.harness import compiled, prove, same_bits
 from tofu_fx.calibration.batches import Batch
 from tofu_fx.calibration.trial import Trial
 from tofu_fx.plan import sketch
 from tofu_fx.plan.options import Options
-from tofu_fx.testing import prove
 
 ops, aten = torch.ops.tofu, torch.ops.aten
 WIDE, NARROW = 384, 96

@@ -109,6 +109,37 @@ def stored() -> tuple[dict[str, str], dict[str, str]]:
     return versions, dict(model.split("\n", 1) for model in models)  # type: ignore[misc]
 
 
+def steps(text: str) -> set[str]:
+    """The steps of a model's graphs: each op with what it is given, without numbers of nodes or sizes."""
+    found: set[str] = set()
+    dims: dict[str, str] = {}
+    for line in text.splitlines():
+        node, _, rest = line.partition(" = ")
+        if not rest:  # of a site, its placement and what tokens are compared by
+            found.add(re.sub(r"\d+", "#", line))
+            continue
+        call, _, form = rest.partition("  [")
+        dims[node] = f"<{form.count(',') + 1 if form else 0}>"
+        if not call.startswith(("input", "constant", "output")):
+            given = re.sub(r"%\d+", lambda match: dims[match[0]], call)
+            given = re.sub(r"(?<!<)\b(\d{2,}|[5-9])\b", "#", given)
+            found.add(f"{given} {dims[node]} {form.rpartition(' ')[2]}")
+    return found
+
+
+@cache
+def with_steps_of_their_own() -> tuple[str, ...]:
+    """The models whose graphs have a step that no shorter one of the catalogue has."""
+    known: set[str] = set()
+    chosen = []
+    for name, text in sorted(stored()[1].items(), key=lambda item: (item[1].count("\n"), item[0])):
+        own = steps(text)
+        if not own <= known:
+            chosen.append(name)
+            known |= own
+    return tuple(chosen)
+
+
 def store(models: dict[str, str], versions: dict[str, str]) -> None:
     """Write the texts in the order given."""
     head = _VERSIONS + ", ".join(f"{name} {version}" for name, version in versions.items()) + "\n"

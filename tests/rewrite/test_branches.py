@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 import tofu_fx
-from tests.harness import EAGER, MEANING_TOLERANCE, Study, compiled, randomise, relative_error, same_bits, study
+from tests.harness import EAGER, MEANING_TOLERANCE, Study, compiled, prove, randomise, relative_error, same_bits, study
 from tests.oracle.branches import Step
 from tests.rewrite.branching import (
     BATCH,
@@ -35,7 +35,6 @@ from tests.rewrite.branching import (
 )
 from tests.zoo import CATALOGUE
 from tofu_fx.backend import tofu
-from tofu_fx.testing import prove
 
 # A gradient is a longer chain of the same sums than the output (as in tests/front/test_training.py).
 GRADIENT_TOLERANCE = 4 * MEANING_TOLERANCE

@@ -231,11 +231,11 @@ class Decider:
         ways = [tuner.kinds]
         ways += [dict.fromkeys(survey.sensitivity, kind) for kind in kinds(entries[0])[:-1]]
         ways = [way for way in ways if all(way[entry.site.id] in kinds(entry) for entry in entries)]
-        by_linearity = [by_linearity(survey, share) for share in PRUNED_SHARES]
+        thresholds = [by_linearity(survey, share) for share in PRUNED_SHARES]
         losses = [self._loss_of(way, budget) for way in ways]
-        linear = [self._loss_of(way, budget) for way, _ in by_linearity]
+        linear = [self._loss_of(way, budget) for way, _ in thresholds]
         place, linear_place = losses.index(min(losses)), linear.index(min(linear))
-        self.threshold = by_linearity[linear_place][1]
+        self.threshold = thresholds[linear_place][1]
         better = linear[linear_place] < losses[place]
         self.notes.append(
             f"prune or merge by linearity (threshold {self.threshold:.3f}): error "
@@ -244,7 +244,7 @@ class Decider:
         )
         linearity = self.policy == "linearity" or (self.policy == "auto" and better)
         self.chosen_by = "linearity" if linearity else "sensitivity"
-        tuner.kinds = by_linearity[linear_place][0] if linearity else ways[place]
+        tuner.kinds = thresholds[linear_place][0] if linearity else ways[place]
         tuner.predictor = replace(tuner.predictor, curves=curves_of(survey, tuner.kinds))
 
     def _loss_of(self, way: dict[str, Kind], budget: float) -> float:

@@ -44,8 +44,8 @@ _REGROUPING = GROUPINGS
 class _Form(NamedTuple):
     """A tensor that shares memory with no other."""
 
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
+    shape: Sequence[int | SymInt]
+    strides: Sequence[int | SymInt]
     dtype: torch.dtype
 
 
@@ -57,9 +57,12 @@ def compute(target: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, A
     """What a call gives in the fake mode that is in force."""
     values = [*args, *kwargs.values()]
     tensors = list(_tensors(values)) if _is_pure(target) else []
-    if not tensors or not _are_usual(tensors) or not _are_static(values):
+    if not tensors or not _are_usual(tensors):
         return target(*args, **kwargs)
     first = tensors[0]
+    if not _are_static(values):
+        form = _symbolic(_plain_name(target), tensors, args)
+        return target(*args, **kwargs) if form is None else _of_form(form, first)
     known = _KNOWN.setdefault(first.fake_mode, {})
     key = (target, _key(args), *((name, _key(value)) for name, value in kwargs.items()))
     found = known.get(key)
@@ -69,8 +72,26 @@ def compute(target: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, A
         if found is not None:
             known[key] = found
         return value
-    with in_kernel_invocation_manager(first.fake_mode):
-        return _wrapped(_made(found), first)
+    return _of_form(found, first)
+
+
+def _symbolic(name: str | None, tensors: list[Any], args: Sequence[Any]) -> _Form | None:
+    """What comes out where sizes are symbols, which take the mode far longer; None for the mode to say."""
+    first = tensors[0]
+    if name == "linear":
+        weight = tensors[1]
+        fits = first.is_floating_point() and weight.dtype is first.dtype and weight.shape[1:] == first.shape[-1:]
+        if fits and weight.dim() == 2 and _fits(*[*args[2:], None][:1], weight) and _is_in_order(first):
+            shape = (*first.shape[:-1], weight.shape[0])
+            return _Form(shape, make_contiguous_strides_for(shape), first.dtype)
+    elif name in _LIKE_FIRST and _makes_like_first(name, tensors, args):
+        return _Form(first.shape, first.stride(), first.dtype)
+    return None
+
+
+def _makes_like_first(name: str | None, tensors: list[Any], args: Sequence[Any]) -> bool:
+    shape = args[1] if name == "layer_norm" and len(args) > 1 else tensors[0].shape
+    return _are_alike(tensors, shape) and not any(isinstance(arg, complex) for arg in args)
 
 
 def _computed(target: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], tensors: list[Any]) -> Any:
@@ -81,8 +102,7 @@ def _computed(target: Callable[..., Any], args: Sequence[Any], kwargs: dict[str,
     # torch 2.11's mode puts what dropout leaves as it is in order; its kernel, as when the model runs, does not.
     if (name == "dropout" or (name in _REGROUPING and 1 in first.shape)) and not _is_in_order(first):
         return target(*args, **kwargs)
-    shape = args[1] if name == "layer_norm" and len(args) > 1 else first.shape
-    if name in _LIKE_FIRST and _are_alike(tensors, shape) and not any(isinstance(arg, complex) for arg in args):
+    if name in _LIKE_FIRST and _makes_like_first(name, tensors, args):
         target, args, kwargs = torch.ops.aten.new_empty.default, (first, first.shape), {}
     elif name == "linear" and len(args) == 3 and _fits(args[2], args[1]):
         args = args[:2]  # a bias changes nothing about the form, and the kernel that adds it is a slow one
@@ -109,7 +129,7 @@ def _key(value: Any) -> Any:
 def _form_of(value: Any, inputs: list[Any]) -> Any:
     """The form of new tensors; None of anything that shares memory, or that has more to it than a form."""
     parts = value if isinstance(value, (list, tuple)) else [value]
-    if not _are_usual([inputs[0], *parts]) or not all(map(_is_whole, parts)):
+    if not (_are_usual([inputs[0], *parts]) and _are_static(parts) and all(map(_is_whole, parts))):
         return None
     memory = {StorageWeakRef(part.untyped_storage()) for part in parts}
     if len(memory - {StorageWeakRef(value.untyped_storage()) for value in inputs}) < len(parts):
@@ -120,6 +140,11 @@ def _form_of(value: Any, inputs: list[Any]) -> Any:
 
 def _is_whole(tensor: Any) -> bool:
     return not (tensor.storage_offset() or tensor.is_conj() or tensor.is_neg() or tensor.requires_grad)
+
+
+def _of_form(form: Any, like: FakeTensor) -> Any:
+    with in_kernel_invocation_manager(like.fake_mode):
+        return _wrapped(_made(form), like)
 
 
 def _made(form: Any) -> Any:
@@ -150,7 +175,7 @@ def _tensors(values: Iterable[Any]) -> Iterator[Any]:
 
 
 def _are_usual(tensors: list[Any]) -> bool:
-    """Whether all are fake, of one mode and device and known sizes, and neither autograd nor autocast has a say."""
+    """Whether all are fake, of one mode and device, and neither autograd nor autocast has a say."""
     first = tensors[0]
     if not isinstance(first, FakeTensor) or torch.is_autocast_enabled(first.fake_device.type):
         return False
@@ -161,15 +186,17 @@ def _are_usual(tensors: list[Any]) -> bool:
         and t.fake_device == first.fake_device
         and t.layout is torch.strided
         and t.constant is None
-        and not t._has_symbolic_sizes_strides
         and not (grad and t.requires_grad)
         for t in tensors
     )
 
 
 def _are_static(values: Iterable[Any]) -> bool:
+    """Whether no size and no number is a symbol."""
     for value in values:
         if isinstance(value, (SymInt, SymFloat, SymBool)):
+            return False
+        if isinstance(value, FakeTensor) and value._has_symbolic_sizes_strides:
             return False
         if isinstance(value, (list, tuple)) and not _are_static(value):
             return False

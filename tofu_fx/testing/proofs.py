@@ -15,7 +15,7 @@ one, those that can be asked for and differ from what it chose.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,6 +97,7 @@ def prove(
     *args: Any,
     r: int = 2,
     options: Mapping[str, Any] | None = None,
+    strategies: Sequence[str] = STRATEGIES,
     **kwargs: Any,
 ) -> Proofs:
     """Prove that ``backend="tofu"`` rewrites a model right, on one call of it.
@@ -110,17 +111,21 @@ def prove(
         r: tokens to take away at each site.
         options: further options of the backend ("match", "proportional_attention", ...). With a "placement" only that
             one is proved.
+        strategies: what is done with the tokens; "mlerp" must be among them.
 
     Raises:
         PassError: a pass fails on this model.
+        ValueError: other strategies.
     """
-    variants: dict[str, Variant] = {strategy: reducing(r, options, strategy) for strategy in STRATEGIES}
+    if not {"mlerp"} <= set(strategies) <= set(STRATEGIES):
+        raise ValueError(f'strategies: expected "mlerp" and others of {STRATEGIES}, got {tuple(strategies)}')
+    variants: dict[str, Variant] = {strategy: reducing(r, options, strategy) for strategy in strategies}
     with torch.no_grad():
         found = study(
-            model, *args, variants=variants, base=_base(options), interpret=STRATEGIES, everywhere=True, **kwargs
+            model, *args, variants=variants, base=_base(options), interpret=strategies, everywhere=True, **kwargs
         )
     plain, reduced = found.outputs["plain"], found.outputs["mlerp"]
-    complaints = _complaints(found, plain)
+    complaints = _complaints(found, strategies, plain)
     return Proofs(
         identity=all(same_bits(found.outputs[placed(POLYMORPHIC, p)], plain) for p in found.placements),
         permutation=max(relative_error(found.outputs[placed(SHUFFLED, p)], plain) for p in found.placements),
@@ -183,12 +188,12 @@ def reducing(r: int, options: Mapping[str, Any] | None, strategy: str) -> Varian
     return variant
 
 
-def _complaints(found: Study, plain: Any) -> list[str]:
+def _complaints(found: Study, strategies: Sequence[str], plain: Any) -> list[str]:
     """What is wrong with the reduced outputs by their form alone."""
     return [
         f"{said} ({name})"
         for placement in found.placements
-        for name in (placed(strategy, placement) for strategy in STRATEGIES)
+        for name in (placed(strategy, placement) for strategy in strategies)
         for said in _form(found.outputs[name], plain)
     ]
 
