@@ -227,16 +227,18 @@ def test_compiled_model_stands_for_the_model_inside(model: nn.Module, plan: Plan
 
 
 def test_more_batch_sizes_than_dynamo_would_compile_are_all_measured(model: nn.Module) -> None:
-    batches = [images(n) for n in range(1, 6)]
+    batches = [images(n) for n in range(1, 5)]
     # Its limit is 8 by default; beyond that it would run plain, and measure nothing.
-    with torch._dynamo.config.patch(recompile_limit=3):
+    with torch._dynamo.config.patch(recompile_limit=2):
         found = tofu_fx.calibrate(model, batches, flops=0.8, metric="relative_l2", **QUICK)
     errors = [measured_error(model, batch, found) * len(batch) for batch in batches]
     assert found.calibration is not None
-    assert found.calibration.measured.error == pytest.approx(sum(errors) / 15, rel=1e-3)
+    assert found.calibration.measured.error == pytest.approx(sum(errors) / 10, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["hf_beit", "hf_clip"])
+@pytest.mark.parametrize(
+    "name", ["hf_beit", pytest.param("hf_clip", marks=pytest.mark.nightly("7 s; it is filled as BEiT is"))]
+)
 def test_model_that_fills_tensors_in_place_is_measured_as_compiled(name: str) -> None:
     entry = ZOO[name]
     model, x = entry.model(), entry.batch(4)

@@ -27,6 +27,7 @@ def test_no_reduction_gives_the_bits_of_the_inner_backend(inner: str, options: d
         assert same_bits(outputs, torch.compile(model, backend=inner)(x))
 
 
+@pytest.mark.nightly("17 s; the two below run inductor on the same blocks, and the README's snippets on whole models")
 def test_inductor_runs_a_reduced_vit() -> None:
     entry = ZOO["vit"]
     model, x = entry.model(), entry.batch()

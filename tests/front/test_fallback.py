@@ -124,7 +124,10 @@ if hasattr(torch.optim, "Muon"):  # its graph holds its parameters, and multipli
     OPTIMIZERS["muon"] = lambda parameters: torch.optim.Muon([p for p in parameters if p.dim() == 2], lr=1e-3)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+AT_NIGHT = pytest.mark.nightly("11 s; of the three it is the simplest")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=AT_NIGHT) if n == "sgd" else n for n in OPTIMIZERS])
 def test_whole_training_step_is_compiled_without_a_word(name: str) -> None:
     x, losses = ZOO["vit"].batch(), {}
     for whole in (True, False):

@@ -96,8 +96,7 @@ def test_inference_mode() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(("backend", "dynamic"), [("eager", None), ("aot_eager", None), ("aot_eager", True)])
 def test_empty_batch_gives_an_empty_output_and_says_why_nothing_is_reduced(backend: str, dynamic: bool | None) -> None:
     model = vit()
     call = reduced(model, backend, dynamic=dynamic)
@@ -208,7 +207,7 @@ def test_failure_inside_an_autocast_region_leaves_no_autocast_behind(monkeypatch
 def test_one_block_in_a_loop_is_one_site_for_each_turn() -> None:
     proofs = prove(ByBlocks(lambda i, block, x: block(x), order=(0, 0, 0)), images(), r=R).check()
     assert [site.id.rpartition(".")[2] for site in proofs.matched] == ["attn", "attn#2", "attn#3"]
-    assert {"prune", "mean", "mlerp"} <= set(proofs.meaning)
+    assert {"prune", "mlerp"} <= set(proofs.meaning)
 
 
 class Broken(nn.Module):
@@ -300,12 +299,12 @@ def test_varying_length_is_right_at_each_and_says_that_each_is_compiled() -> Non
     )
     model = randomise(transformers.BertModel(config))
     call, heard = reduced(model, dynamic=True), []
-    for length in (20, 24, 31):
+    for length in (20, 31):
         ids = torch.randint(0, 100, (2, length), generator=torch.Generator().manual_seed(length))
         found, messages = said(lambda ids=ids: call(ids).last_hidden_state)  # type: ignore[misc]
         heard.append(sum("number of tokens is symbolic" in message for message in messages))
         assert 1e-3 < relative_error(found, model(ids).last_hidden_state) < 2
-    assert heard == [1, 1, 1]
+    assert heard == [1, 1]
 
 
 @torch.no_grad()

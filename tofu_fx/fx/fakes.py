@@ -19,7 +19,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import SymBool, SymFloat, SymInt, Tensor
 from torch._prims_common import make_contiguous_strides_for
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    disable_fake_tensor_cache,
+    in_kernel_invocation_manager,
+)
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from tofu_fx.fx.op_families import GROUPINGS
@@ -62,7 +67,10 @@ def compute(target: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, A
     first = tensors[0]
     if not _are_static(values):
         form = _symbolic(_plain_name(target), tensors, args)
-        return target(*args, **kwargs) if form is None else _of_form(form, first)
+        if form is not None:
+            return _of_form(form, first)
+        with disable_fake_tensor_cache(first.fake_mode):  # no symbol comes twice: no entry would be met again
+            return target(*args, **kwargs)
     known = _KNOWN.setdefault(first.fake_mode, {})
     key = (target, _key(args), *((name, _key(value)) for name, value in kwargs.items()))
     found = known.get(key)
