@@ -87,9 +87,9 @@ def _symbolic(name: str | None, tensors: list[Any], args: Sequence[Any]) -> _For
     """What comes out where sizes are symbols, which take the mode far longer; None for the mode to say."""
     first = tensors[0]
     if name == "linear":
-        weight = tensors[1]
+        weight, bias = tensors[1], args[2] if len(args) > 2 else None
         fits = first.is_floating_point() and weight.dtype is first.dtype and weight.shape[1:] == first.shape[-1:]
-        if fits and weight.dim() == 2 and _fits(*[*args[2:], None][:1], weight) and _is_in_order(first):
+        if fits and weight.dim() == 2 and _fits(bias, weight) and _is_in_order(first):
             shape = (*first.shape[:-1], weight.shape[0])
             return _Form(shape, make_contiguous_strides_for(shape), first.dtype)
     elif name in _LIKE_FIRST and _makes_like_first(name, tensors, args):
