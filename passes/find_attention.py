@@ -18,7 +18,7 @@ from tofu_fx.axes.rules.table import find_rule
 from tofu_fx.axes.tracer import AxisTracer, trace
 from tofu_fx.compilation import Analysed, Lowered
 from tofu_fx.fx.nodes import argument, is_op, module_path
-from tofu_fx.fx.op_families import MATRIX_PRODUCTS
+from tofu_fx.fx.op_families import CONVOLUTIONS, MATRIX_PRODUCTS
 from tofu_fx.fx.stages import advanced
 from tofu_fx.sites.attention import OPAQUE, find_attentions, find_comparisons
 from tofu_fx.sites.guards import Guard
@@ -26,6 +26,9 @@ from tofu_fx.sites.masks import MOST_OF_A_MASK, Masks
 from tofu_fx.sites.site import Attention, Decline, Declined, Found, Site
 
 _LINEAR = "linear attention: it sums over all tokens once and compares no two, so that fewer of them save little"
+_SAMPLES = (
+    "attention between the samples of a batch (a convolution runs over them one by one), not between tokens of each"
+)
 _MASKED = {
     "later": "causal attention: a token must not see what is merged into it from later ones",
     "pairs": "the mask lets each token see some others only: of a merged token it would see more",
@@ -41,6 +44,7 @@ def find_attention(graph: Lowered) -> Analysed:
     attentions += find_comparisons(tracer, attentions)
     masks = Masks(graph.gm, graph.model_state, tracer.depends, graph.example_inputs)
     linear = _find_linear(graph, attentions, tracer)
+    samples = _samples(tracer)
     order = {node: i for i, node in enumerate(graph.gm.graph.nodes)}
     names: Counter[str] = Counter()
     sites: list[Site] = []
@@ -53,8 +57,18 @@ def find_attention(graph: Lowered) -> Analysed:
         unique = f"{name}#{names[name]}" if names[name] > 1 else name
         site = _site(tracer, masks, attention, unique, path, guards)
         decline = Decline(_LINEAR, attention.node) if attention in linear else attention.unrecognised
+        if site.matched and tracer.space.flat(tracer.of(attention.key)[attention.key_tokens]) in samples:
+            decline = Decline(_SAMPLES, attention.node)
         sites.append(site if decline is None else Declined(site.site if isinstance(site, Declined) else site, decline))
     return advanced(Analysed, graph, plain=tracer, attentions=tuple(attentions), sites=tuple(sites), guards=guards)
+
+
+def _samples(tracer: AxisTracer) -> set[Atom]:
+    """What convolutions run over one by one: samples of a batch, unless each is a patch of which one place is left."""
+    maps = (node for node in tracer.graph.nodes if is_op(node, *CONVOLUTIONS))
+    several = (node for node in maps if any(hint(size) > 1 for size in node.meta["val"].shape[2:]))
+    found = (tracer.space.flat(tracer.of(node)[0]) for node in several)
+    return {atom for atom in found if atom is not None}
 
 
 def _find_linear(graph: Lowered, attentions: Sequence[Attention], tracer: AxisTracer) -> list[Attention]:

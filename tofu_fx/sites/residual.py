@@ -90,10 +90,13 @@ def token_places(plain: AxisTracer, node: Node, tokens: Atom) -> list[tuple[int,
 
 
 def sample_places(attention: Attention, plain: AxisTracer, node: Node, dim: int, place: int) -> list[tuple[int, int]]:
-    """Where a tensor carries the samples of an attention: the axes, tokens aside, that it shares with the keys."""
+    """Where a tensor carries the samples of an attention: the axes that it shares with the keys.
+
+    Beside the tokens' and those that the scores sum over, which are features, whatever they were made of.
+    """
     keys = plain.of(attention.key)
-    positions = keys[attention.key_tokens]
-    shared = {atom for other in keys for atom in other if atom.base.kind != "feature"}.difference(positions)
+    own = keys[attention.key_tokens] + keys[attention.key_features]
+    shared = {atom for other in keys for atom in other if atom.base.kind != "feature"}.difference(own)
     tokens = {(dim, i) for i in range(len(plain.of(node)[dim])) if place in (-1, i)}
     return [
         (d, i)
