@@ -207,7 +207,7 @@ def test_failure_inside_an_autocast_region_leaves_no_autocast_behind(monkeypatch
 def test_one_block_in_a_loop_is_one_site_for_each_turn() -> None:
     proofs = prove(ByBlocks(lambda i, block, x: block(x), order=(0, 0, 0)), images(), r=R).check()
     assert [site.id.rpartition(".")[2] for site in proofs.matched] == ["attn", "attn#2", "attn#3"]
-    assert {"prune", "mlerp"} <= set(proofs.meaning)
+    assert "mlerp" in proofs.meaning
 
 
 class Broken(nn.Module):

@@ -17,7 +17,7 @@ import tofu_fx
 from tofu_fx import CalibrationError, Sweep, TofuError
 from tofu_fx.calibration.timing import room_for_variants
 from tofu_fx.calibration.uniform import UNIFORM
-from tofu_fx.report import sweep as sweep_module
+from tofu_fx.report import swept as swept_module
 
 BUDGETS = (0.75, 0.9)
 
@@ -133,7 +133,7 @@ def test_picture_has_a_line_for_each_schedule(swept: Sweep, tmp_path: Path, monk
     swept.plot(tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
     figures: list[Any] = []
-    monkeypatch.setattr(sweep_module, "save_figure", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(swept_module, "save_figure", lambda figure, path: figures.append(figure))
     swept.plot("unused.png")
     (axes,) = figures[0].axes
     drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()}

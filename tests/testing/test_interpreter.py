@@ -25,7 +25,7 @@ from tofu_fx.testing.formulas import choose, merge, partners_of
 from tofu_fx.testing.strategies import made
 
 FOLDER = Path(tofu_fx.testing.__file__).parent
-FILES = ("interpreter", "reduced", "running", "told", "labels", "formulas")
+FILES = ("interpreter", "reduced", "running", "told", "labels", "axis", "formulas")
 
 
 @pytest.mark.parametrize("name", FILES)
