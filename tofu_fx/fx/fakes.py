@@ -71,6 +71,8 @@ def compute(target: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, A
             return _of_form(form, first)
         with disable_fake_tensor_cache(first.fake_mode):  # no symbol comes twice: no entry would be met again
             return target(*args, **kwargs)
+    if _is_view(target):
+        return _computed(target, args, kwargs, tensors)
     known = _KNOWN.setdefault(first.fake_mode, {})
     key = (target, _key(args), *((name, _key(value)) for name, value in kwargs.items()))
     found = known.get(key)
@@ -123,6 +125,12 @@ def _computed(target: Callable[..., Any], args: Sequence[Any], kwargs: dict[str,
 def _is_pure(target: Any) -> bool:
     """Whether an op writes into none of its inputs."""
     return isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable
+
+
+@cache
+def _is_view(target: torch._ops.OpOverload) -> bool:
+    """Whether an op may give a part of an input's memory, so that there is nothing to remember."""
+    return any(value.alias_info is not None for value in target._schema.returns)
 
 
 def _key(value: Any) -> Any:
