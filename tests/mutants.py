@@ -193,6 +193,14 @@ MUTANTS = (
         "assignment[t] = assignment[joins[t]];", "assignment[t] = 0;", ("mean", "tokens"), MATCHING),
     Mutant("C++: tokens are compared by products, not cosines", "tofu_fx/ops/cpu.cpp",
         "const float unit = from[j] / norm;", "const float unit = from[j];", ("mean",), MATCHING),
+    # ---- what counts as a token; fake values
+    Mutant("samples of a batch are tokens", "passes/find_attention.py",
+        "if site.matched and tracer", "if False and tracer", ("mean",), "tests/sites/test_samples_as_tokens.py",
+        unseen="in a graph a sample is a row like a token; only the compiler knows where it comes from"),
+    Mutant("fake values are remembered by shape alone", "tofu_fx/fx/fakes.py",
+        "value.shape, value.stride(), value.dtype,", "value.shape,", ("mean",),
+        "tests/fx/test_fakes.py -k 'remembered or model or another'",
+        unseen="the ops of the models are given tensors of one dtype and layout each"),
 )  # fmt: skip
 
 #: planted by the test suite itself, with `prove` only: one or two of each part, in Python, whose models are quick
