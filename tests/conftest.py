@@ -75,6 +75,12 @@ _SHARING = re.compile(
 )
 
 
+#: Tests that share the server of tests/fresh.py.
+_FRESH = re.compile(
+    r"test_readme\.py::test_(python|other)|test_docs\.py::test_(snippets|a_rule)|::test_site_ids_survive"
+)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Tests that share what takes long to make run on the same worker, the largest groups first.
@@ -89,6 +95,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class BySharing(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
+            if _FRESH.search(nodeid):
+                return "tests/fresh.py"
             if _SHARING.search(file):
                 return file
             shared = re.match(r"(.*test_models\.py)::.*\[([^\]]*)\]$", nodeid)

@@ -27,7 +27,7 @@ def test_no_reduction_gives_the_bits_of_the_inner_backend(inner: str, options: d
         assert same_bits(outputs, torch.compile(model, backend=inner)(x))
 
 
-@pytest.mark.nightly("17 s; the two below run inductor on the same blocks, and the README's snippets on whole models")
+@pytest.mark.nightly("17 s; training below runs inductor on the same blocks, with their gradients")
 def test_inductor_runs_a_reduced_vit() -> None:
     entry = ZOO["vit"]
     model, x = entry.model(), entry.batch()
@@ -37,6 +37,7 @@ def test_inductor_runs_a_reduced_vit() -> None:
     assert relative_error(outputs, expected) < INDUCTOR_TOLERANCE
 
 
+@pytest.mark.nightly("12 s; the one below runs inductor on the same blocks, with their gradients")
 def test_inductor_restores_the_tokens_that_are_returned() -> None:
     entry = ZOO["deit_distilled"]
     model, x = entry.model(), entry.batch()
@@ -49,6 +50,7 @@ def test_inductor_restores_the_tokens_that_are_returned() -> None:
 def test_inductor_trains() -> None:
     entry = ZOO["vit_gap"]
     model, x = entry.model().train(), entry.batch()
+    model.blocks = model.blocks[:2]
 
     def step(call: Any) -> dict[str, torch.Tensor]:
         model.zero_grad()
@@ -56,7 +58,7 @@ def test_inductor_trains() -> None:
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     found = step(compiled(model, inner_backend="inductor", r=4, strategy="mean"))
-    expected = step(lambda x: reference_vit(model, x, Reducer([("mean", 4)] * 3)))
+    expected = step(lambda x: reference_vit(model, x, Reducer([("mean", 4)] * 2)))
     scale = max(value.abs().max() for value in expected.values())
     assert found.keys() == expected.keys()
     for name, value in expected.items():

@@ -26,7 +26,7 @@ UNDECIDED = {
 LONG = [name for name in CATALOGUE if "UNet2DConditionModel" in name]
 
 #: What was proved of the stored graphs holds for as long as they are what is made. So for every change, only models are
-#: proved anew whose graphs have a step that no shorter one has, and of those beside them the graphs are compared. (Of a
+#: proved anew among whose graphs every step of all graphs is, and of those beside them the graphs are compared. (Of a
 #: model with a graph break more calls make more graphs, so it is called as often as a proof does.)
 TEXTS = replay.stored()[1]
 ANEW = {*replay.with_steps_of_their_own(), *(name for name, text in TEXTS.items() if "graph 1: " in text)}
@@ -73,7 +73,7 @@ def test_model_is_rewritten_as_when_it_was_proved(name: str) -> None:
     replay.check(name, found.compilations("mlerp"))
 
 
-def test_most_models_are_proved_and_every_step_of_the_others_with_them() -> None:
+def test_every_step_of_all_graphs_is_among_those_that_are_proved() -> None:
     steps = {step for name in PROVED for step in replay.steps(TEXTS[name])}
     assert all(replay.steps(TEXTS[name]) <= steps for name in CATALOGUE)
-    assert len(PROVED) > len(CATALOGUE) / 2
+    assert len(PROVED) > len(CATALOGUE) / 3

@@ -17,6 +17,7 @@ import difflib
 import importlib.metadata
 import lzma
 import re
+from collections import Counter
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -129,14 +130,12 @@ def steps(text: str) -> set[str]:
 
 @cache
 def with_steps_of_their_own() -> tuple[str, ...]:
-    """The models whose graphs have a step that no shorter one of the catalogue has."""
-    known: set[str] = set()
-    chosen = []
-    for name, text in sorted(stored()[1].items(), key=lambda item: (item[1].count("\n"), item[0])):
-        own = steps(text)
-        if not own <= known:
-            chosen.append(name)
-            known |= own
+    """Few models, and short ones, among whose graphs every step of the catalogue is; each has one that no other has."""
+    chosen = {name: steps(text) for name, text in stored()[1].items()}
+    counts = Counter(step for own in chosen.values() for step in own)
+    for name in sorted(chosen, key=lambda name: (-stored()[1][name].count("\n"), name)):
+        if all(counts[step] > 1 for step in chosen[name]):
+            counts.subtract(chosen.pop(name))
     return tuple(chosen)
 
 

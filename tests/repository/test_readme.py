@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.fresh import run_code, run_script
 from tofu_fx.cli import COMMANDS, build_parser
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +40,7 @@ def test_there_are_two_commands_and_ci_runs_them_as_they_stand() -> None:
 
 @pytest.mark.parametrize("number", range(len(PYTHON)))
 def test_python_snippets_run(number: int, tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", PYTHON[number]], cwd=tmp_path, capture_output=True, text=True)
+    done = run_code(PYTHON[number], tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -66,8 +65,8 @@ def test_somebody_says_how_each_other_command_is_run() -> None:
 
 
 @pytest.mark.parametrize("short", sorted({" ".join(SHORT[command]) for command in OTHER if command in SHORT}))
-def test_other_commands_run(short: str) -> None:
+def test_other_commands_run(short: str, tmp_path: Path) -> None:
     _, script, *rest = short.split()
-    done = subprocess.run([sys.executable, script, *rest], cwd=ROOT, capture_output=True, text=True)
+    done = run_script(ROOT / script, rest, ROOT, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert script.split("/")[-1] in done.stdout

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+
+from tests.fresh import run_code
 
 DOCS = Path(__file__).parents[2] / "docs"
 TEXT = (DOCS / "testing.md").read_text(encoding="utf-8")
@@ -31,7 +31,7 @@ def test_a_rule_as_the_contributors_page_writes_it(tmp_path: Path) -> None:
 
 
 def run(code: str, folder: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    done = run_code(code, folder)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -166,6 +166,15 @@ def test_a_query_that_hides_all_keys_from_itself_sees_each_member_of_a_group() -
     assert verdict.reduced
 
 
+@pytest.mark.parametrize("match", ["keys", "queries_keys"])
+def test_keys_that_come_from_where_another_branch_began_are_compared_whole(match: str) -> None:
+    """Found by seed 606, case 170: the interpreter compared them as that branch had merged them."""
+    use = Use(placement="branch", match=match, r=2)
+    verdict = check(Case(subject=Steps(steps=((0, -1, 1), (8, -1, 7))), use=use, seed=61))
+    assert not verdict.failure
+    assert verdict.reduced == 2
+
+
 def test_a_fault_in_the_compiler_is_found_and_made_simple(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rewriter, "attention_bias", lambda *args: None)  # log(size) is forgotten
 

@@ -252,7 +252,7 @@ class Reduced(Running):
 
     def _vectors(self, entry: Entry, vectors: Vectors) -> Tensor:
         """Queries or keys as ``[B, N, D, heads]``."""
-        value = self._ahead(self._named(vectors))
+        value = self._ahead(self._named(vectors), entry.stream)
         axis = vectors.where.axis(value.shape, entry.stream, entry.tokens)
         feature = torch.arange(value.shape[vectors.dim])
         feature = feature.view([-1 if d == vectors.dim else 1 for d in range(value.dim())]).expand(value.shape)
@@ -263,7 +263,7 @@ class Reduced(Running):
 
     def _valid(self, entry: Entry) -> Tensor:
         """Which tokens any query of any head attends to, ``[B, N]``; nobody attends to padding."""
-        value = self._ahead(self._named(entry.weights))
+        value = self._ahead(self._named(entry.weights), entry.stream)
         axis = entry.weights.where.axis(value.shape, entry.stream, entry.tokens)
         return (value.flatten()[axis.places] > _HIDDEN).any(-1)
 
@@ -274,13 +274,17 @@ class Reduced(Running):
             return self.prepared.weights[vectors.node]
         return next(node for node in self.prepared.graph.nodes if node.name == vectors.node)
 
-    def _ahead(self, node: Node) -> Any:
-        """A node's value, ahead of its place in the graph where it has none yet: the keys of a branch."""
+    def _ahead(self, node: Node, stream: int) -> Any:
+        """A node's value, ahead of its place in the graph where it has none yet: the keys of a branch.
+
+        What another branch has merged is whole for this one: it ends before this one begins.
+        """
         if node in self.env:
-            return self.env[node]
+            others = self.seen.get(node, {}).keys() - {stream}
+            return self.whole(node) if others and stream not in self.seen[node] else self.env[node]
         if node.op == "get_attr":
             return self.attribute(str(node.target))
-        return self.plain(node, {value: self._ahead(value) for value in node.all_input_nodes})
+        return self.plain(node, {value: self._ahead(value, stream) for value in node.all_input_nodes})
 
 
 def _name(node: Node) -> str:
