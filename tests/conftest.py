@@ -76,9 +76,7 @@ _SHARING = re.compile(
 
 
 #: Tests that share the server of tests/fresh.py.
-_FRESH = re.compile(
-    r"test_readme\.py::test_(python|other)|test_docs\.py::test_(snippets|a_rule)|::test_site_ids_survive"
-)
+_FRESH = re.compile(r"test_readme\.py::test_(python|other)|test_docs\.py::test_(snippets|a_rule)")
 
 
 @pytest.hookimpl(optionalhook=True)
