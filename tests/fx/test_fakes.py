@@ -244,3 +244,11 @@ def test_what_is_unusual_is_left_to_the_mode(quick: list[Any]) -> None:
     with mode:
         compute(aten.add_.Tensor, (x, 1), {})
     assert len(quick) == 1
+
+
+def test_ops_that_take_objects_are_left_to_the_mode() -> None:
+    packed = [op for op in (getattr(torch.ops.quantized, "linear", None),) if op is not None]
+    assert packed
+    assert not any(fakes._is_pure(op.default) for op in packed)
+    assert fakes._is_pure(aten.linear.default)
+    assert not fakes._is_pure(aten.add_.Tensor)

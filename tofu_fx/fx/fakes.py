@@ -123,8 +123,10 @@ def _computed(target: Callable[..., Any], args: Sequence[Any], kwargs: dict[str,
 
 @cache
 def _is_pure(target: Any) -> bool:
-    """Whether an op writes into none of its inputs."""
-    return isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable
+    """Whether an op writes into none of its inputs, and takes no object of a class, which may have no hash."""
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+        return False
+    return not any("__torch__" in str(argument.type) for argument in target._schema.arguments)
 
 
 @cache
