@@ -57,7 +57,7 @@ def compiled(model: Any, **options: Any) -> Any:
 def prove(*args: Any, **kwargs: Any) -> Proofs:
     """`tofu_fx.testing.prove`; for every change of "mlerp" alone, from whose graph the others' differ the least.
 
-    All strategies are proved at night, and for every change those of tests/models/test_models.py and test_catalogue.py.
+    All strategies are proved at night, and for every change those of tests/models/test_models.py.
     """
     if not NIGHTLY:
         kwargs.setdefault("strategies", ("mlerp",))

@@ -121,6 +121,7 @@ def test_operations_that_cannot_be_reached_say_the_least(model: nn.Module) -> No
     assert tofu_fx.calibrate(model, X, flops=least + 0.01, **QUICK).calibration is not None
 
 
+@pytest.mark.true_speed
 def test_speedup_that_cannot_be_reached_says_the_best_that_was_measured(model: nn.Module) -> None:
     with pytest.raises(CalibrationError, match=r"speedup=500 cannot be reached: the best that was measured is \d"):
         tofu_fx.calibrate(model, X, speedup=500.0, **QUICK)

@@ -19,8 +19,9 @@ from tofu_fx.testing import capture
 MODELS = [
     "timm: vit", "timm: beit", "timm: dinov3", "timm: swin", "timm: xcit", "timm: edgenext", "timm: volo",
     "transformers: yolos", "transformers: bert_padded", "transformers: t5_encoder", "transformers: layoutlmv3",
-    "diffusers: UNet2DConditionModel, Stable Diffusion", "other: encoder_padded_fast_path", "other: multihead_weights",
+    "other: encoder_padded_fast_path", "other: multihead_weights",
 ]  # fmt: skip
+UNET = "diffusers: UNet2DConditionModel, Stable Diffusion"
 
 
 def inputs_of(gm: Any) -> tuple[list[Any], Any]:
@@ -57,7 +58,7 @@ def assert_recorded_as_traced(call: Callable[..., Any], *args: Any, **kwargs: An
         assert described(a, numbers[0]) == described(b, numbers[1])
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, pytest.param(UNET, marks=pytest.mark.nightly("6 s, for a thousand nodes"))])
 def test_a_model_is_recorded_as_make_fx_traces_it(name: str) -> None:
     case = CATALOGUE[name]
     args, kwargs = case.inputs()

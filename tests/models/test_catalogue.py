@@ -8,7 +8,6 @@ from tests import replay
 from tests.harness import NIGHTLY, prove, rewritten
 from tests.zoo import CATALOGUE
 from tofu_fx.sites.site import Site
-from tofu_fx.testing import proofs
 
 #: What the interpreter cannot decide, for some strategy, and why.
 UNDECIDED = {
@@ -33,10 +32,6 @@ ANEW = {*replay.with_steps_of_their_own(), *(name for name, text in TEXTS.items(
 PROVED = [name for name in CATALOGUE if NIGHTLY or name in ANEW or name not in TEXTS or replay.not_compared(name)]
 
 
-#: "mean" makes the graph of "mlerp" but for the word
-STRATEGIES = proofs.STRATEGIES if NIGHTLY else ("prune", "mlerp")
-
-
 def long_first(name: str) -> object:
     return pytest.param(name, marks=pytest.mark.long) if name in LONG else name
 
@@ -57,7 +52,7 @@ def check(name: str, sites: list[Site], messages: list[str]) -> None:
 def test_model_is_accelerated_and_right_or_says_why_not(name: str) -> None:
     case = CATALOGUE[name]
     args, kwargs = case.inputs()
-    found = prove(case.model(), *args, strategies=STRATEGIES, **kwargs)
+    found = prove(case.model(), *args, **kwargs)
     assert not found.failures
     assert not found.undecided or name in UNDECIDED, found.undecided
     check(name, found.sites, found.messages)

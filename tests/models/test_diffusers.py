@@ -46,13 +46,20 @@ def _no_grad() -> Any:
         yield
 
 
-#: Of the three UNets one is proved with every branch for each change; the catalogue proves all of them by default.
-AT_NIGHT = ("UNet2DConditionModel, SDXL", "UNet2DConditionModel, ControlNet")
+#: Proved with every branch at night, for the blocks of another are like theirs; the catalogue has all of them.
+LIKE = {
+    "UNet2DConditionModel, SDXL": "Stable Diffusion's",
+    "UNet2DConditionModel, ControlNet": "Stable Diffusion's",
+    "SD3Transformer2DModel": "SD3's with two attentions",
+    "AuraFlowTransformer2DModel": "SD3's and Flux's",
+    "LTXVideoTransformer3DModel": "PixArt's",
+    "QwenImageTransformer2DModel": "SD3's",
+}
 
 
 def less_often(name: str) -> Any:
-    why = "half a minute, on blocks that Stable Diffusion's UNet has too"
-    return pytest.param(name, marks=pytest.mark.nightly(why)) if name in AT_NIGHT else name
+    why = f"its blocks are like {LIKE.get(name)}"
+    return pytest.param(name, marks=pytest.mark.nightly(why)) if name in LIKE else name
 
 
 @pytest.mark.parametrize("name", [less_often(name) for name in DIFFUSION_CASES])

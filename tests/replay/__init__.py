@@ -110,6 +110,13 @@ def stored() -> tuple[dict[str, str], dict[str, str]]:
     return versions, dict(model.split("\n", 1) for model in models)  # type: ignore[misc]
 
 
+#: ops whose numbers are sizes, however small they are: of the others small ones are dims, places or counts
+_SIZED = re.compile(
+    r"aten\.(view|reshape|expand|unflatten|split_with_sizes|repeat|tile|as_strided|arange|zeros|new_zeros|conv|avg_pool"
+    r"|max_pool|pad|constant_pad|_?upsample)"
+)
+
+
 def steps(text: str) -> set[str]:
     """The steps of a model's graphs: each op with what it is given, without numbers of nodes or sizes."""
     found: set[str] = set()
@@ -123,7 +130,10 @@ def steps(text: str) -> set[str]:
         dims[node] = f"<{form.count(',') + 1 if form else 0}>"
         if not call.startswith(("input", "constant", "output")):
             given = re.sub(r"%\d+", lambda match: dims[match[0]], call)
-            given = re.sub(r"(?<!<)\b(\d{2,}|[5-9])\b", "#", given)
+            sized = _SIZED.match(given) is not None
+            given = re.sub(r"(?<![<\w.])(\d+)(?![>\w.])" if sized else r"(?<!<)\b(\d{2,}|[5-9])\b", "#", given)
+            if sized:  # as many of them as there may be
+                given = re.sub(r"[\[(][-#, ]+[\])]", lambda match: "[-#]" if "-#" in match[0] else "[#]", given)
             found.add(f"{given} {dims[node]} {form.rpartition(' ')[2]}")
     return found
 

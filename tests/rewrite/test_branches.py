@@ -314,11 +314,14 @@ def test_a_symbolic_batch_compiles_once_and_is_right_at_every_size() -> None:
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("inner_backend", ["aot_eager", "inductor"])
-def test_other_compilers_behind_it_agree(inner_backend: str) -> None:
+@pytest.mark.parametrize(
+    ("inner_backend", "branches"),
+    [("aot_eager", ["attention", "mlp"]), ("inductor", ["attention"])],  # inductor takes 10 s for each branch
+)
+def test_other_compilers_behind_it_agree(inner_backend: str, branches: list[str]) -> None:
     model = randomise(ViT(prefix=1, depth=1))
-    options = branch(branches=["attention", "mlp"], inner_backend=inner_backend)
-    expected = model.norm(reference(model, images(), ["attention", "mlp"])[-1])
+    options = branch(branches=branches, inner_backend=inner_backend)
+    expected = model.norm(reference(model, images(), branches)[-1])
     assert relative_error(compiled(model, **options)(images()), expected) < MEANING_TOLERANCE
 
 

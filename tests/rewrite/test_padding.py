@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import tofu_fx
-from tests.harness import PERMUTATION_TOLERANCE, compiled, randomise, relative_error, study
+from tests.harness import NIGHTLY, PERMUTATION_TOLERANCE, compiled, randomise, relative_error, study
 from tests.zoo.handwritten import DIM, HEADS
 from tests.zoo.masked import ATTEND, DEPTH, Masked, N, R, are_there, sample
 
@@ -33,11 +33,12 @@ PADDING: dict[str, Callable[..., Tensor]] = {
 def test_padding_never_reaches_what_is_no_padding(padding: str, spelling: str) -> None:
     model, there = randomise(Masked(PADDING[padding], ATTEND[spelling])), are_there([N - 9, N - 3])
     other = torch.where(there[..., None], sample(), sample(seed=7))
-    variants = {name: {"r": R, "strategy": name} for name in STRATEGIES}
+    strategies = STRATEGIES if padding == "of keys" or NIGHTLY else ("mlerp",)
+    variants = {name: {"r": R, "strategy": name} for name in strategies}
     found = study(model, sample(), there, variants=variants)
     changed = study(model, other, there, variants=variants, proofs=False)
     assert relative_error(found.outputs["permute"], found.outputs["plain"]) < PERMUTATION_TOLERANCE
-    for strategy in STRATEGIES:
+    for strategy in strategies:
         assert len(found.reducing(strategy)) == DEPTH
         a, b = (outputs[there] for outputs in (found.outputs[strategy], changed.outputs[strategy]))
         assert torch.equal(a, b)
