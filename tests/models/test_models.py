@@ -27,14 +27,12 @@ R = 4
 STRATEGIES = ("prune", "mean", "mlerp", "auto")
 INTERPRETED = STRATEGIES if NIGHTLY else ("mlerp", "auto")  # auto prunes ahead and merges behind
 #: What is made of these by the same code as of those: the nightly profile has them too.
-LIKE = {
-    "vit_augreg_224": "vit", "vit_augreg_384": "vit", "deit": "vit", "hf_deit": "hf_vit", "hf_vit_classifier": "hf_vit",
-}  # fmt: skip
+LIKE = {"vit_augreg_224": "vit", "deit": "vit", "hf_deit": "hf_vit", "hf_vit_classifier": "hf_vit"}
 NAMES = [name for name in ZOO if NIGHTLY or name not in LIKE]
 # timm's plain VisionTransformer, for which the reference is written out. (BEiT, EVA, rope and relpos have companions
 # indexed by token: the generated transformers of tests/properties have the same, with a reference.)
 PLAIN_VITS = [
-    "vit", *(["vit_augreg_224", "vit_augreg_384", "deit"] if NIGHTLY else []), "vit_gap", "vit_avg_of_patches",
+    "vit", *(["vit_augreg_224", "deit"] if NIGHTLY else []), "vit_augreg_384", "vit_gap", "vit_avg_of_patches",
     "deit_distilled", "deit3", "dinov2", "dinov2_registers", "clip", "siglip",
 ]  # fmt: skip
 
