@@ -90,7 +90,15 @@ def test_every_op_of_a_model_has_the_fake_value_that_the_mode_gives_it(name: str
         assert 0 < known == len(fakes._KNOWN[mode]), "nothing is remembered"
 
 
-@pytest.mark.parametrize("name", ["eva02", "grouped_query", "encoder_batch_first"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "eva02",
+        "grouped_query",
+        "encoder_batch_first",
+        *(pytest.param(n, marks=pytest.mark.nightly("its ops are those of the others")) for n in ("vit", "hf_beit")),
+    ],
+)
 def test_every_op_of_a_rehearsed_model_with_symbolic_token_counts_too(name: str, quick: list[Any]) -> None:
     entry = ZOO[name]
     with torch.no_grad():
