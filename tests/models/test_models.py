@@ -27,7 +27,10 @@ R = 4
 STRATEGIES = ("prune", "mean", "mlerp", "auto")
 INTERPRETED = STRATEGIES if NIGHTLY else ("mlerp", "auto")  # auto prunes ahead and merges behind
 #: What is made of these by the same code as of those: the nightly profile has them too.
-LIKE = {"vit_augreg_224": "vit", "deit": "vit", "hf_deit": "hf_vit", "hf_vit_classifier": "hf_vit"}
+LIKE = {
+    "vit_augreg_224": "vit", "deit": "vit", "hf_deit": "hf_vit", "hf_vit_classifier": "hf_vit", "hf_dinov2": "dinov2",
+    "hf_clip": "clip", "hf_siglip": "siglip",
+}  # fmt: skip
 NAMES = [name for name in ZOO if NIGHTLY or name not in LIKE]
 # timm's plain VisionTransformer, for which the reference is written out. (BEiT, EVA, rope and relpos have companions
 # indexed by token: the generated transformers of tests/properties have the same, with a reference.)

@@ -175,6 +175,19 @@ def test_keys_that_come_from_where_another_branch_began_are_compared_whole(match
     assert verdict.reduced == 2
 
 
+@pytest.mark.parametrize(
+    "steps",
+    [  # the mean of tokens less their mean, in one way and another: nought, and in float32 1e-8
+        ((2, -1, 3), (40, -1, 3), (34, -1, 5), (18, 7, 7), (39, 5, 7), (43, -1, 5)),
+        ((2, -1, 2), (20, -1, 5), (37, -1, 7), (21, -1, 2), (18, 4, 5)),
+    ],
+)
+def test_outputs_that_are_rounding_alone_prove_nothing(steps: tuple[tuple[int, int, int], ...]) -> None:
+    verdict = check(Case(Steps(steps, "mean"), Use(placement="branch")))
+    assert not verdict.failure
+    assert "rounding alone" in verdict.message
+
+
 def test_a_fault_in_the_compiler_is_found_and_made_simple(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rewriter, "attention_bias", lambda *args: None)  # log(size) is forgotten
 
