@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 from tofu_fx.axes.tracer import AxisTracer, BarrierRecord
 from tofu_fx.plan.options import Options
 from tofu_fx.rewrite.reducer import Reducer
+from tofu_fx.rows.narrow import LeftOut
 from tofu_fx.sites.guards import Guard
 from tofu_fx.sites.site import Attention, Placed, Planned, Site, placed, planned
 
@@ -57,6 +58,8 @@ class Lowered(Captured):
     traced_outputs: tuple[Any, ...]
     #: a copy of it, for reports, calibration and proofs: what it was before any token could go
     before: GraphModule | None = None
+    #: where rows that nobody reads were left out of the graph
+    unread: tuple[LeftOut, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from tofu_fx.fx.nodes import graph_module, module_path, source_line
 from tofu_fx.fx.spec import check_spec
 from tofu_fx.fx.stages import advanced
 from tofu_fx.passes.decline_unprofitable import decline_unprofitable
+from tofu_fx.passes.drop_unread_tokens import drop_unread_tokens
 from tofu_fx.passes.find_attention import find_attention
 from tofu_fx.passes.find_streams import find_streams
 from tofu_fx.passes.functionalize_inplace import functionalize_inplace
@@ -37,6 +38,7 @@ PASSES: tuple[Pass, ...] = (
     lower_to_aten,  # first: all that follows knows one vocabulary
     functionalize_inplace,  # before any analysis: a residual stream changed in place is not a value
     keep_before,  # the graph that reports, calibration and proofs compare with
+    drop_unread_tokens,  # before the sites are found: of an attention whose tokens nobody reads little is left
     find_attention,  # needs plain axes only
     find_streams,  # needs the sites: a stream starts at a site's residual add
     plan_reductions,  # needs the sites that are left when the streams are known

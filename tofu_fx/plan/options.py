@@ -30,6 +30,7 @@ EXPECTED: dict[str, str] = {
     "reuse": "'none', 'block' or 'resolution'",
     "proportional_attention": "'auto', True or False",
     "plan": "a tofu_fx.Plan, the path of one, or its dict",
+    "unread": "'drop' or 'keep'",
     "profitable_only": "True or False",
     "on_error": "'fallback' or 'raise'",
     "inner_backend": "'inductor', 'aot_eager' or 'eager'",
@@ -105,6 +106,11 @@ class Options(BaseModel):
     plan: Any = None
     """A :class:`tofu_fx.Plan`, or the path of one; then ``ratio``, ``r``, ``strategy``, ``match``, ``placement``,
     ``branches`` and ``cell`` come from it."""
+
+    unread: Literal["drop", "keep"] = "keep"
+    """What becomes of rows of tensors that nobody reads, such as all tokens but the class token in the last block of a
+    ViT. "drop": they are not computed. The outputs are the same up to rounding, with or without any reduction. "keep":
+    the graph is as the model says."""
 
     profitable_only: bool = True
     """Decline sites whose reduction would cost more time than it saves, by a coarse cost model. Not asked of a plan."""

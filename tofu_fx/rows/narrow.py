@@ -1,0 +1,161 @@
+"""Writing a graph so that of each tensor only the rows that are read are computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from tofu_fx.axes.atoms import hint
+from tofu_fx.fx.fakes import compute
+from tofu_fx.fx.nodes import argument, is_op, module_path, set_argument
+from tofu_fx.fx.op_families import GROUPINGS, TURNS
+from tofu_fx.rows.carriers import Operand, carriers
+from tofu_fx.rows.demand import Rows, taken
+
+aten = torch.ops.aten
+_END = 2**63 - 1
+_SHAPED = {"view": "size", "reshape": "shape", "_unsafe_view": "size", "expand": "size"}
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A place from which on only some rows are computed: ``kept`` of ``of``, in a module."""
+
+    module: str
+    kept: int
+    of: int
+
+    def __str__(self) -> str:
+        where = f" from {self.module} on" if self.module else ""
+        return f"{self.of - self.kept} of {self.of} rows are read by nobody and not computed{where}"
+
+
+@dataclass
+class Narrowing:
+    """Changes a graph in place; ``read`` are the rows of each node that are read."""
+
+    graph: Graph
+    read: Mapping[Node, Rows]
+    fake_mode: FakeTensorMode
+    #: where all rows are there, and some are taken
+    left_out: list[LeftOut] = field(default_factory=list)
+    _made: dict[Any, Node] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Have every node compute the rows that are read, and every reader take them from there."""
+        # All that is asked of the graph, by shapes, before any of them changes.
+        operands = {node: carriers(node, rows.dim) or [] for node, rows in self.read.items()}
+        readers = {
+            node: taken(node) for source in self.read for node in source.users if node.args and node.args[0] is source
+        }
+        for node in list(self.graph.nodes):
+            reads = readers.get(node)
+            if reads is not None:
+                self._take(node, self.read[node.args[0]], reads)  # type: ignore[index]
+            elif node in self.read:
+                self._narrow(node, self.read[node], operands[node])
+
+    def _narrow(self, node: Node, rows: Rows, operands: list[Operand]) -> None:
+        if is_op(node, "scaled_dot_product_attention") and argument(node, "is_causal"):
+            self._show_causal_mask(node, rows)
+        for operand in operands:
+            self._replace(node, operand, self._rows_of(operand, rows, node))
+        for name, key in _SHAPED.items():
+            if is_op(node, name):
+                sizes: list[Any] = list(argument(node, key))
+                if not (isinstance(sizes[rows.dim], int) and sizes[rows.dim] == -1):
+                    sizes[rows.dim] = len(rows.positions)
+                set_argument(node, key, sizes)
+        self._value(node)
+
+    def _rows_of(self, operand: Operand, rows: Rows, before: Node) -> Node:
+        """The rows of an operand: of the narrowed one, or cut out of the whole."""
+        own = self.read.get(operand.node)
+        positions = rows.positions
+        if own is not None and own.dim == operand.dim:
+            if own.positions == positions:
+                return operand.node
+            positions = tuple(own.positions.index(p) for p in positions)
+        else:
+            self._note(operand, len(positions), before)
+        key = (operand.node, operand.dim, positions)
+        if key in self._made:
+            return self._made[key]
+        with self.graph.inserting_before(before):
+            cut = self._cut(operand.node, operand.dim, positions)
+        if is_op(cut, "slice"):  # a view: unlike a copy it may be read again after an op in place
+            self._made[key] = cut
+        return cut
+
+    def _note(self, operand: Operand, kept: int, reader: Node) -> None:
+        if is_op(reader, "slice", "select", *GROUPINGS, *TURNS) or operand.node.op != "call_function":
+            return  # nothing is computed by it
+        noted = LeftOut(module_path(reader), kept, hint(operand.node.meta["val"].shape[operand.dim]))
+        if noted not in self.left_out:
+            self.left_out.append(noted)
+
+    def _cut(self, node: Node, dim: int, positions: tuple[int, ...]) -> Node:
+        """Append the slices of a tensor that have these rows."""
+        runs: list[list[int]] = []
+        for position in positions:
+            if runs and position == runs[-1][1] and position != 0:
+                runs[-1][1] += 1
+            else:
+                runs.append([position, position + 1])
+        parts = [self._call(aten.slice.Tensor, node, dim, start, end if end != 0 else _END) for start, end in runs]
+        return parts[0] if len(parts) == 1 else self._call(aten.cat.default, parts, dim)
+
+    def _take(self, node: Node, own: Rows, rows: Rows) -> None:
+        """Have a reader take its rows from those that are there."""
+        assert rows.dim == own.dim, "what takes rows of another dim has these asked of its source"
+        places = [own.positions.index(p) for p in rows.positions]
+        if is_op(node, "select"):
+            set_argument(node, "index", places[0])
+        else:
+            set_argument(node, "start", places[0])
+            set_argument(node, "end", places[-1] + 1)
+        self._value(node)
+
+    def _show_causal_mask(self, node: Node, rows: Rows) -> None:
+        """The rows of the causal mask that a fused attention keeps to itself: key j is seen by query i if j <= i."""
+        query, key = (argument(node, name).meta["val"] for name in ("query", "key"))
+        start, stop = rows.positions[0], rows.positions[-1] + 1
+        with self.graph.inserting_before(node):
+            size = [stop - start, int(key.shape[-2])]
+            ones = self._call(aten.ones.default, size, dtype=torch.bool, device=query.device)
+            mask = self._call(aten.tril.default, ones, start)
+            if len(rows.positions) < stop - start:
+                mask = self._cut(mask, 0, tuple(p - start for p in rows.positions))
+        set_argument(node, "is_causal", False)
+        set_argument(node, "attn_mask", mask)
+
+    def _call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        new = self.graph.call_function(target, args, kwargs)
+        self._value(new)
+        return new
+
+    def _value(self, node: Node) -> None:
+        args, kwargs = map_arg((node.args, node.kwargs), self._fake)
+        node.meta["val"] = compute(node.target, args, kwargs)  # type: ignore[arg-type]
+
+    def _fake(self, node: Node) -> Any:
+        value = node.meta["val"]
+        real = isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor)  # a constant of the graph
+        return self.fake_mode.from_tensor(value) if real else value
+
+    def _replace(self, node: Node, operand: Operand, new: Node) -> None:
+        place, *inner = operand.place
+        if place >= len(node.args):  # passed by its name
+            node.update_kwarg("attn_mask", new)
+        elif inner:
+            parts: Any = list(node.args[place])  # type: ignore[arg-type]
+            parts[inner[0]] = new
+            node.update_arg(place, parts)
+        else:
+            node.update_arg(place, new)
