@@ -52,7 +52,7 @@ def tofu(
     """
     parsed = Options.parse(options, mode)
     _check_compiler(parsed, example_inputs)
-    if not parsed.reduces:
+    if not parsed.changes:
         return _inner(gm, example_inputs, parsed)
     # A bucket of DistributedDataParallel's is compiled in Dynamo's own context, from which the next one is made.
     shared = parsed.inner_backend == "inductor" and not is_ddp_bucket(gm)
@@ -156,8 +156,9 @@ def _outcome(compilation: Compilation) -> Outcome:
     notes = tuple(f"{site.id}: {site_note}" for site in compilation.sites for site_note in site.notes)
     if _is_one_block(compilation):
         notes = (*notes, _ONE_BLOCK[compilation.reducing[0].placement])
-    if compilation.reducing:
-        message = f"{len(compilation.reducing)} of {len(compilation.sites)} attention sites reduced"
+    if compilation.reducing or compilation.unread:
+        reduced = f"{len(compilation.reducing)} of {len(compilation.sites)} attention sites reduced"
+        message = "; ".join([*([reduced] if compilation.reducing else []), *map(str, compilation.unread)])
         return Outcome(compilation, message, notes, "reduced")
     if not compilation.sites:
         why = "the graph has no attention between pairs of tokens (linear attention has none)"

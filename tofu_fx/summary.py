@@ -106,6 +106,9 @@ def summarise(outcomes: Sequence[Outcome]) -> str:
     if reducing:
         where = f" in {len(outcomes)} graphs" if len(outcomes) > 1 else ""
         return f"{reducing} of {sum(len(c.sites) for c in compilations)} attention sites reduced{where}"
+    unread = list(dict.fromkeys(str(place) for compilation in compilations for place in compilation.unread))
+    if unread:
+        return "; ".join(unread)
     # Why an attention was left alone says more than that another graph has none, or is without any product.
     told = [outcome for outcome in outcomes if outcome.state != "empty"] or list(outcomes)
     told = [o for o in told if o.compilation is None or o.compilation.sites] or told

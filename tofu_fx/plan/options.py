@@ -210,8 +210,13 @@ class Options(BaseModel):
         return self.model_copy(update={"plan": Plan.load(self.plan)})
 
     @property
+    def changes(self) -> bool:
+        """False when the options ask for no reduction and for no row to be left out: then the graph is not touched."""
+        return self.reduces or self.unread == "drop"
+
+    @property
     def reduces(self) -> bool:
-        """False when the options ask for no reduction at all: then the graph is not touched."""
+        """False when the options ask for no reduction at all."""
         if self.plan is not None:
             return True
         if self.r is not None:

@@ -59,6 +59,8 @@ class GraphReport:
     plan_rows: list[PlanRow]
     #: see :class:`tofu_fx.backend.Outcome`
     state: str
+    #: where rows that nobody reads are not computed
+    unread: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -88,6 +90,11 @@ class Explanation:
     def barriers(self) -> list[str]:
         """The places where tokens must be whole: op, reason and source line."""
         return [barrier for graph in self.graphs for barrier in graph.barriers]
+
+    @property
+    def unread(self) -> list[str]:
+        """Where rows that nobody reads are not computed: how many, of how many, and in which module it begins."""
+        return [place for graph in self.graphs for place in graph.unread]
 
     @property
     def flops_before(self) -> int:
@@ -154,6 +161,8 @@ class Explanation:
             f"sites: {self.matched} matched, {self.declined} declined;  tokens: {counts};  "
             f"FLOPs: {self.flops_before / 1e9:.2f} → {self.flops_after / 1e9:.2f} G{ratio}"
         )
+        for place in self.unread:
+            console.print(Text(printable(place)))
         for barrier in self.barriers:
             console.print(Text(printable(f"whole tokens at {barrier}")))
         seconds: dict[str, float] = {}
@@ -214,7 +223,7 @@ def _report(outcome: Outcome, number: int) -> GraphReport:
     if compilation is None or compilation.before is None:
         return GraphReport(outcome.message, [], [], "", "", 0, 0, {}, {}, [], outcome.state)
     rows = [PlanRow.of(site, number) for site in ever_planned(compilation.sites)]
-    after = compilation.gm if compilation.reducing else compilation.before
+    after = compilation.gm if compilation.reducing or compilation.unread else compilation.before
     return GraphReport(
         outcome.message,
         [_row(site, number, place) for place, site in enumerate(compilation.sites)],
@@ -227,6 +236,7 @@ def _report(outcome: Outcome, number: int) -> GraphReport:
         compilation.axes.unknown_ops,
         rows,
         outcome.state,
+        [str(place) for place in compilation.unread],
     )
 
 
