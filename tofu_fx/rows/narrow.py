@@ -31,6 +31,11 @@ class LeftOut:
     kept: int
     of: int
 
+    def is_around(self, other: LeftOut) -> bool:
+        """Whether it says the same of a module that the other's is in, or is itself."""
+        inside = f"{other.module}.".startswith(f"{self.module}." if self.module else "")
+        return inside and (self.kept, self.of) == (other.kept, other.of)
+
     def __str__(self) -> str:
         where = f" from {self.module} on" if self.module else ""
         return f"{self.of - self.kept} of {self.of} rows are read by nobody and not computed{where}"
@@ -97,7 +102,7 @@ class Narrowing:
         if is_op(reader, "slice", "select", *GROUPINGS, *TURNS) or operand.node.op != "call_function":
             return  # nothing is computed by it
         noted = LeftOut(module_path(reader), kept, hint(operand.node.meta["val"].shape[operand.dim]))
-        if noted not in self.left_out:
+        if not any(noted.is_around(other) for other in self.left_out):  # the skip around a branch says nothing new
             self.left_out.append(noted)
 
     def _cut(self, node: Node, dim: int, positions: tuple[int, ...]) -> Node:
