@@ -249,8 +249,9 @@ class _Runs:
         if self.proofs and compilation is not None:
             graphs[placed(POLYMORPHIC, placement)] = compilation.gm
             rows = plan_rows(compilation, strategy="prune", r=0)
+            unread = {key: self.base[key] for key in ("unread",) if key in self.base}
             if rows:  # a plan without any names no placement
-                shuffled = Options.parse({**EAGER, "plan": Plan(sites=rows)})
+                shuffled = Options.parse({**EAGER, **unread, "plan": Plan(sites=rows)})
                 self._note(graphs, placed(SHUFFLED, placement), traced.rewrite(shuffled, shuffle=True).outcome)
 
     def _note(self, graphs: dict[str, Callable[..., Any]], name: str, outcome: Outcome) -> None:
