@@ -176,6 +176,64 @@ def test_proofs_hold_beside_it(name: str) -> None:
     prove(entry.model(), entry.batch(), options={"unread": "drop"}).check()
 
 
+class Ending(Model):
+    """As CLIP's text tower: of each sample the token at its end, which the input says."""
+
+    def forward(self, x: Tensor, words: Tensor) -> Tensor:  # type: ignore[override]
+        x = x + self.table
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
+        return self.head(x[torch.arange(len(x)), self.places(words)])
+
+    @staticmethod
+    def places(words: Tensor) -> Tensor:
+        return words.to(torch.int).argmax(-1)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("causal", [True, False])
+def test_one_token_of_each_sample_at_a_place_that_the_input_says(causal: bool, fused: bool, batch: int) -> None:
+    model = randomise(Ending(lambda x: x, causal=causal, fused=fused)).eval()
+    words = torch.randint(0, 99, (batch, N), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        explained = tofu_fx.explain(model, tokens(batch), words, options={"r": 0, "unread": "drop"})
+        assert explained.unread == [f"{N - 1} of {N} rows are read by nobody and not computed from blocks.1 on"]
+        call = compiled(model, r=0, unread="drop")
+        for _ in range(2):
+            assert relative_error(call(tokens(batch), words), model(tokens(batch), words)) < ROUNDING
+            words = words.flip(1)
+
+
+def test_places_that_depend_on_the_tokens_themselves_leave_all_rows() -> None:
+    class Chosen(Ending):
+        def forward(self, x: Tensor, words: Tensor) -> Tensor:  # type: ignore[override]
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x[torch.arange(len(x)), x[:, :, 0].argmax(-1)])
+
+    model = randomise(Chosen(lambda x: x)).eval()
+    words = torch.zeros(3, N)
+    with torch.no_grad():
+        explained = tofu_fx.explain(model, tokens(), words, options={"r": 0, "unread": "drop"})
+        assert explained.unread == []
+        assert same_bits(compiled(model, r=0, unread="drop")(tokens(), words), model(tokens(), words))
+
+
+def test_places_counted_from_the_end() -> None:
+    class Counted(Ending):
+        @staticmethod
+        def places(words: Tensor) -> Tensor:
+            return words.sum(-1) - 1
+
+    model = randomise(Counted(lambda x: x, causal=True)).eval()
+    words = (torch.arange(N) < torch.tensor([[4], [0], [11]])).long()
+    with torch.no_grad():
+        call = compiled(model, r=0, unread="drop")
+        assert relative_error(call(tokens(), words), model(tokens(), words)) < ROUNDING
+
+
 def test_dropout_in_training_is_left_as_it_is() -> None:
     class Dropping(Model):
         def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The table of carriers, op by op, against the op itself: one row of the result needs the same row of its operands only."""
+"""The table of carriers, op by op: one row of the result needs the same row of its operands, and no other."""
 
 from __future__ import annotations
 

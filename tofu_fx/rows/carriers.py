@@ -1,8 +1,8 @@
 """Which rows of an op's operands one row of its result is computed from: the table, by family of ops.
 
-A *row* is a position along one dim. An entry says, for each operand that has rows of its own along that dim, in which of
-its dims they are, if each row of the result is computed from the same row of these operands and from nothing else of
-them. An op without an entry needs all rows of its operands. So a missing entry costs speed only.
+A *row* is a position along one dim. An entry says, for each operand that has rows of its own along that dim, in which
+of its dims they are, if each row of the result is computed from the same row of these operands and from nothing else
+of them. An op without an entry needs all rows of its operands. So a missing entry costs speed only.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _aligned(node: Node, place: int, dim: int) -> Operand | None:
 
 
 def _grouping(node: Node, dim: int) -> Found:
-    """The dim of the same size, with as many elements ahead of it: a whole dim of the one is a whole dim of the other."""
+    """The dim of the same size with as many elements ahead of it: a whole dim of the one is one of the other."""
     before, after = shape(node.args[0]), shape(node)
     ahead = math.prod(after[:dim])
     for own, size in enumerate(before):

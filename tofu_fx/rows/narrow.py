@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from tofu_fx.axes.atoms import hint
 from tofu_fx.fx.fakes import compute
 from tofu_fx.fx.nodes import argument, is_op, module_path, set_argument
 from tofu_fx.fx.op_families import GROUPINGS, TURNS
-from tofu_fx.rows.carriers import Operand, carriers
-from tofu_fx.rows.demand import Rows, taken
+from tofu_fx.rows.carriers import Operand, carriers, shape
+from tofu_fx.rows.demand import Rows, sources, taken
 
 aten = torch.ops.aten
 _END = 2**63 - 1
@@ -51,14 +51,28 @@ class Narrowing:
     #: where all rows are there, and some are taken
     left_out: list[LeftOut] = field(default_factory=list)
     _made: dict[Any, Node] = field(default_factory=dict)
+    #: readers and those of their operands that have samples, in dim 0
+    _sampled: set[tuple[Node, Node]] = field(default_factory=set)
 
     def run(self) -> None:
         """Have every node compute the rows that are read, and every reader take them from there."""
         # All that is asked of the graph, by shapes, before any of them changes.
         operands = {node: carriers(node, rows.dim) or [] for node, rows in self.read.items()}
+        self._sampled = {
+            (node, operand.node)
+            for node, rows in self.read.items()
+            if rows.of_sample is not None
+            for operand in (carriers(node, 0) if shape(node)[0] > 1 else operands[node]) or []
+            if (operand.dim == 0 if shape(node)[0] > 1 else shape(operand.node)[0] == 1)
+        }
         readers = {
             node: taken(node) for source in self.read for node in source.users if node.args and node.args[0] is source
         }
+        first = next(node for node in self.graph.nodes if node in self.read)
+        for places in dict.fromkeys(rows.of_sample for rows in self.read.values()):
+            for node in sources(places) if places is not None else ():
+                if node.op == "call_function":
+                    first.prepend(node)
         for node in list(self.graph.nodes):
             reads = readers.get(node)
             if reads is not None:
@@ -75,25 +89,27 @@ class Narrowing:
             if is_op(node, name):
                 sizes: list[Any] = list(argument(node, key))
                 if not (isinstance(sizes[rows.dim], int) and sizes[rows.dim] == -1):
-                    sizes[rows.dim] = len(rows.positions)
+                    sizes[rows.dim] = rows.count
                 set_argument(node, key, sizes)
         self._value(node)
 
     def _rows_of(self, operand: Operand, rows: Rows, before: Node) -> Node:
         """The rows of an operand: of the narrowed one, or cut out of the whole."""
-        own = self.read.get(operand.node)
-        positions = rows.positions
+        own, wanted = self.read.get(operand.node), replace(rows, dim=operand.dim)
+        if own == wanted:
+            return operand.node
         if own is not None and own.dim == operand.dim:
-            if own.positions == positions:
-                return operand.node
-            positions = tuple(own.positions.index(p) for p in positions)
+            wanted = replace(wanted, positions=tuple(own.positions.index(p) for p in rows.positions))
         else:
-            self._note(operand, len(positions), before)
-        key = (operand.node, operand.dim, positions)
+            self._note(operand, rows.count, before)
+        key = (operand.node, wanted)
         if key in self._made:
             return self._made[key]
         with self.graph.inserting_before(before):
-            cut = self._cut(operand.node, operand.dim, positions)
+            if wanted.of_sample is not None:
+                cut = self._cut_of_samples(operand.node, wanted, before)
+            else:
+                cut = self._cut(operand.node, operand.dim, wanted.positions)
         if is_op(cut, "slice"):  # a view: unlike a copy it may be read again after an op in place
             self._made[key] = cut
         return cut
@@ -116,9 +132,32 @@ class Narrowing:
         parts = [self._call(aten.slice.Tensor, node, dim, start, end if end != 0 else _END) for start, end in runs]
         return parts[0] if len(parts) == 1 else self._call(aten.cat.default, parts, dim)
 
+    def _cut_of_samples(self, node: Node, rows: Rows, reader: Node) -> Node:
+        """Append what takes one row of each sample: ``[B, ..., 1, ...]``, of a tensor without samples, too."""
+        places, rank = rows.of_sample, reader.meta["val"].dim()
+        assert places is not None
+        dim, sizes, samples = rows.dim, node.meta["val"].shape, places.meta["val"].shape[0]
+        count = self._call(aten.sym_size.int, places, 0) if isinstance(samples, torch.SymInt) else samples
+        if (reader, node) not in self._sampled:  # a table: lined up with what it is added to, and the same for each
+            ahead = rank - len(sizes)
+            for _ in range(ahead):
+                node = self._call(aten.unsqueeze.default, node, 0)
+            dim = dim + ahead
+            node = self._call(aten.expand.default, node, [count, *[-1] * (rank - 1)])
+        each = self._call(aten.arange.default, count, device=places.meta["val"].device)
+        taken = self._call(aten.index.Tensor, node, [each, *[None] * (dim - 1), places])
+        return self._call(aten.unsqueeze.default, taken, dim)
+
     def _take(self, node: Node, own: Rows, rows: Rows) -> None:
         """Have a reader take its rows from those that are there."""
         assert rows.dim == own.dim, "what takes rows of another dim has these asked of its source"
+        if rows.of_sample is not None:
+            with self.graph.inserting_before(node):
+                only = self._call(aten.select.int, node.args[0], rows.dim, 0)
+            only.meta = {**node.meta, **only.meta}
+            node.replace_all_uses_with(only)
+            self.graph.erase_node(node)
+            return
         places = [own.positions.index(p) for p in rows.positions]
         if is_op(node, "select"):
             set_argument(node, "index", places[0])
@@ -130,6 +169,14 @@ class Narrowing:
     def _show_causal_mask(self, node: Node, rows: Rows) -> None:
         """The rows of the causal mask that a fused attention keeps to itself: key j is seen by query i if j <= i."""
         query, key = (argument(node, name).meta["val"] for name in ("query", "key"))
+        if rows.of_sample is not None:
+            with self.graph.inserting_before(node):
+                places = self._call(aten.remainder.Scalar, rows.of_sample, int(key.shape[-2]))
+                keys = self._call(aten.arange.default, int(key.shape[-2]), device=query.device)
+                seen = self._call(aten.le.Tensor, keys, self._call(aten.reshape.default, places, [-1, 1, 1, 1]))
+            set_argument(node, "is_causal", False)
+            set_argument(node, "attn_mask", seen)
+            return
         start, stop = rows.positions[0], rows.positions[-1] + 1
         with self.graph.inserting_before(node):
             size = [stop - start, int(key.shape[-2])]
