@@ -27,7 +27,7 @@ from tofu_fx.plan.options import Options
 from tofu_fx.plan.plan import Plan
 from tofu_fx.sites.site import Site
 from tofu_fx.testing.compare import relative_error, same_bits, tensors
-from tofu_fx.testing.study import POLYMORPHIC, SHUFFLED, Study, Variant, placed, plan_rows, study
+from tofu_fx.testing.study import POLYMORPHIC, SHUFFLED, UNREAD, Study, Variant, placed, plan_rows, study
 
 # A shuffle changes the order of the additions over tokens (attention, pooling) and nothing else. A sum of n float32
 # terms carries at most n/2 * eps = n * 6e-8 of its largest partial sum; with n <= 600 tokens and a handful of layers
@@ -59,6 +59,8 @@ class Proofs:
     changed: float
     sites: list[Site]
     messages: list[str]
+    unread: float = 0.0
+    left_out: list[str] = field(default_factory=list)
     undecided: dict[str, str] = field(default_factory=dict)
     unknown_ops: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
@@ -77,6 +79,8 @@ class Proofs:
         found = list(self.complaints)
         if not self.identity:
             found.append("identity: with no token removed the bits differ")
+        if not self.unread <= PERMUTATION_TOLERANCE:
+            found.append(f"unread: without rows that nobody reads the outputs differ by {self.unread:.2g}")
         if not self.permutation <= PERMUTATION_TOLERANCE:
             found.append(f"permutation: shuffled tokens change the outputs by {self.permutation:.2g}")
         for name, error in self.meaning.items():
@@ -135,6 +139,8 @@ def prove(
         meaning={} if complaints else meaning_errors(found),
         undecided=dict(found.undecided),
         changed=0.0 if complaints else relative_error(reduced, plain),
+        unread=relative_error(found.outputs[UNREAD], plain),
+        left_out=[str(place) for graph in found.narrowed for place in graph.unread],
         sites=found.sites("mlerp"),
         messages=[outcome.message for outcome in found.outcomes.get("mlerp", ())],
         unknown_ops={op: n for c in found.polymorphic for op, n in c.axes.unknown_ops.items()},

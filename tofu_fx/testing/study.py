@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from tofu_fx.backend import Outcome, rewrite
 from tofu_fx.compilation import Compilation, Lowered, Scheduled
 from tofu_fx.errors import Unsupported
+from tofu_fx.passes.drop_unread_tokens import drop_unread_tokens
 from tofu_fx.pipeline import lower, run_passes, without
 from tofu_fx.plan.options import Options
 from tofu_fx.plan.plan import Plan
@@ -32,6 +33,8 @@ EAGER: dict[str, Any] = {"inner_backend": "eager", "on_error": "raise", "profita
 Variant = Mapping[str, Any] | Callable[[Scheduled], Mapping[str, Any] | None]
 #: the proofs that need no variant: token counts made symbolic and nothing reduced; all tokens shuffled at every site
 POLYMORPHIC, SHUFFLED = "polymorphic", "permute"
+#: and rows that nobody reads left out, of the graphs that have any
+UNREAD = "unread"
 
 
 def plan_rows(graph: Scheduled, **update: Any) -> list[PlanRow]:
@@ -48,7 +51,7 @@ def placed(name: str, placement: str) -> str:
 class Study:
     """One model, traced once: for each variant the outcome of each graph, and the outputs of the same call.
 
-    "plain" is the traced graph as Dynamo gave it; with proofs there are "polymorphic" and "permute" too.
+    "plain" is the traced graph as Dynamo gave it; with proofs there are "polymorphic", "permute" and "unread" too.
     ``interpreted`` has what the interpreter computed for a variant, ``undecided`` why it could not. Variants of a
     further placement are called `placed(name, placement)`; ``placements`` are those that any graph has, "" the base's
     own. ``graphs`` is how many graphs there were, ``tracing`` the seconds that Dynamo took to make them.
@@ -59,6 +62,7 @@ class Study:
     undecided: dict[str, str] = field(default_factory=dict)
     outcomes: dict[str, list[Outcome]] = field(default_factory=dict)
     polymorphic: list[Scheduled] = field(default_factory=list)
+    narrowed: list[Lowered] = field(default_factory=list)
     placements: list[str] = field(default_factory=lambda: [""])
     graphs: int = 0
     tracing: float = 0.0
@@ -97,7 +101,8 @@ def study(
         model: a module or function; grad and training mode are the caller's.
         args: what it is called with, and ``kwargs``.
         variants: name -> options of the backend (or a function that makes them from a graph's compilation).
-        proofs: add "polymorphic" (token counts made symbolic, nothing reduced) and "permute" (all tokens shuffled).
+        proofs: add "polymorphic" (token counts made symbolic, nothing reduced), "permute" (all tokens shuffled) and
+            "unread" (rows that nobody reads left out, nothing reduced).
         base: options under which the compiler looks for what variants are made of (a placement).
         interpret: variants of which the interpreter computes the outputs, too.
         everywhere: make the proofs, and the variants that are functions, for each further placement.
@@ -199,7 +204,7 @@ class _Runs:
     def names(self) -> list[str]:
         """The variants of all graphs."""
         proofs = [POLYMORPHIC, SHUFFLED] if self.proofs else []
-        names = [*self.variants, *proofs]
+        names = [*self.variants, *proofs, *([UNREAD] if self.proofs else [])]
         for placement in self.found.placements[1:]:
             names += [placed(name, placement) for name in [*self._functions(), *proofs]]
         return names
@@ -212,6 +217,10 @@ class _Runs:
         graphs: dict[str, Callable[..., Any]] = {"plain": gm}
         self.callables.append(graphs)
         traced = _Traced(gm, inputs, _lowered(gm, inputs))
+        if self.proofs:
+            narrowed = _narrowed(traced)
+            found.narrowed.extend([] if narrowed is None else [narrowed])
+            graphs.update({} if narrowed is None else {UNREAD: narrowed.gm})
         compilation = _polymorphic(traced, self.base) if self.proofs or self._functions() else None
         found.polymorphic.extend([] if compilation is None or not self.proofs else [compilation])
         self._rewrite(graphs, traced, self.variants, compilation, "")
@@ -275,6 +284,15 @@ def _lowered(gm: GraphModule, inputs: Any) -> Lowered | None:
         return lower(gm, inputs)
     except Unsupported:
         return None
+
+
+def _narrowed(traced: _Traced) -> Lowered | None:
+    """The graph without rows that nobody reads; None where there are none, or it cannot be rewritten at all."""
+    if traced.lowered is None:
+        return None
+    options = Options.parse({**EAGER, "unread": "drop"})
+    graph: Lowered = run_passes([drop_unread_tokens], traced.gm, options, traced.inputs, lowered=traced.lowered)
+    return graph if graph.unread else None
 
 
 def _polymorphic(traced: _Traced, base: Mapping[str, Any]) -> Scheduled | None:
