@@ -30,4 +30,4 @@ def drop_unread_tokens(graph: Lowered) -> Lowered:
         narrowing.run()
     graph.gm.graph.eliminate_dead_code()
     graph.gm.recompile()
-    return replace(graph, unread=tuple(narrowing.left_out))
+    return replace(graph, unread=tuple(narrowing.left_out), narrowed=frozenset(read))

@@ -42,6 +42,7 @@ def find_attention(graph: Lowered) -> Analysed:
     tracer = trace(lambda space: AxisTracer(graph.gm.graph, find_rule, graph.model_state, space=space))
     attentions = list(find_attentions(tracer))
     attentions += find_comparisons(tracer, attentions)
+    attentions = [replace(attention, narrowed=attention.node in graph.narrowed) for attention in attentions]
     masks = Masks(graph.gm, graph.model_state, tracer.depends, graph.example_inputs)
     linear = _find_linear(graph, attentions, tracer)
     samples = _samples(tracer)
@@ -147,7 +148,11 @@ def _reason(tracer: AxisTracer, attention: Attention, queries: Dim, keys: Dim) -
         same = _covers(tracer.space.flat(keys), tracer.space.flat(queries))
     except Barrier as barrier:
         return str(barrier)
-    return None if same else _different(dim_size(queries), dim_size(keys))
+    if same:
+        return None
+    if attention.narrowed:
+        return f"of its {dim_size(keys)} tokens {dim_size(queries)} is all that is read afterwards: it takes none away"
+    return _different(dim_size(queries), dim_size(keys))
 
 
 def _different(queries: int, keys: int) -> str:

@@ -12,5 +12,7 @@ from tofu_fx.plan.schedule import schedule
 
 def plan_reductions(graph: Followed) -> Scheduled:
     """Plan the sites that are placed."""
-    decided = {site.id: site for site in schedule(graph.placed, graph.options)}
+    counted = [site for site in graph.sites if site.matched or site.attention.narrowed]
+    unread = {site.id: place for place, site in enumerate(counted) if not site.matched}
+    decided = {site.id: site for site in schedule(graph.placed, graph.options, unread)}
     return advanced(Scheduled, graph, sites=tuple(decided.get(site.id, site) for site in graph.sites))

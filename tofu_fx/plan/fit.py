@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from tofu_fx.errors import PlanError
 from tofu_fx.plan.counts import walk
@@ -12,10 +12,11 @@ from tofu_fx.sites.site import Planned
 from tofu_fx.wording import shown
 
 
-def rows_for(plan: Plan, sites: Sequence[Planned]) -> tuple[list[PlanRow], list[str]]:
+def rows_for(plan: Plan, sites: Sequence[Planned], unread: Collection[str] = ()) -> tuple[list[PlanRow], list[str]]:
     """The rows of the graph that has these sites, and what must be said about the fit.
 
-    Where only the numbers of tokens differ (another image size), the plan's counts are taken as shares.
+    Where only the numbers of tokens differ (another image size), the plan's counts are taken as shares. Rows for
+    ``unread`` (see `tofu_fx.plan.schedule.schedule`) are passed over.
 
     Raises:
         PlanError: naming the first site that differs between the plan and the graph, or a row that takes more
@@ -24,7 +25,7 @@ def rows_for(plan: Plan, sites: Sequence[Planned]) -> tuple[list[PlanRow], list[
     if not sites:  # one of several graphs of a model, without attention
         return [], []
     graphs = sorted({row.graph for row in plan.sites}) or [0]
-    options = [[row for row in plan.sites if row.graph == graph] for graph in graphs]
+    options = [[row for row in plan.sites if row.graph == graph and row.id not in unread] for graph in graphs]
     names = [site.id for site in sites]
     rows = next((rows for rows in options if [row.id for row in rows] == names), options[0])
     _check_sites(rows, sites)

@@ -107,10 +107,10 @@ class Options(BaseModel):
     """A :class:`tofu_fx.Plan`, or the path of one; then ``ratio``, ``r``, ``strategy``, ``match``, ``placement``,
     ``branches`` and ``cell`` come from it."""
 
-    unread: Literal["drop", "keep"] = "keep"
+    unread: Literal["drop", "keep"] = "drop"
     """What becomes of rows of tensors that nobody reads, such as all tokens but the class token in the last block of a
-    ViT. "drop": they are not computed. The outputs are the same up to rounding, with or without any reduction. "keep":
-    the graph is as the model says."""
+    ViT. "drop": they are not computed, with or without any reduction; the outputs are the same up to rounding, which is
+    why it is the default. "keep": they are, and with ``ratio=0`` the bits are those of the plain graph."""
 
     profitable_only: bool = True
     """Decline sites whose reduction would cost more time than it saves, by a coarse cost model. Not asked of a plan."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from tofu_fx.errors import OptionError
@@ -20,8 +20,14 @@ DEFAULT_RATIO = 0.5
 Decision = tuple[str, str, int]
 
 
-def schedule(sites: Sequence[Placed], options: Options) -> list[Planned]:
+def schedule(sites: Sequence[Placed], options: Options, unread: Mapping[str, int] | None = None) -> list[Planned]:
     """Decide of each site, in graph order, how many tokens go and how.
+
+    Args:
+        sites: those that are placed.
+        options: parsed options.
+        unread: attentions that would be sites if most of their tokens were not read by nobody afterwards, and where
+            they would stand among the sites. What a plan or a list of ``r`` says of them comes to nothing.
 
     Raises:
         OptionError: when ``r`` lists another number of sites than the graph has.
@@ -36,11 +42,23 @@ def schedule(sites: Sequence[Placed], options: Options) -> list[Planned]:
         )
         for site in sites
     ]  # fmt: skip
-    decisions, notes = _from_plan(whole, options) if options.plan is not None else (_from_options(whole, options), [])
+    if options.plan is not None:
+        rows, notes = rows_for(options.plan, whole, unread or {})
+        decisions = [(row.strategy, row.match, row.r) for row in rows]
+    else:
+        decisions, notes = _from_options(whole, _without(options, unread or {}, len(whole))), []
     whole[:1] = [replace(site, notes=(*site.notes, *notes)) for site in whole[:1]]
     decided = {site.id: decision for site, decision in zip(whole, decisions, strict=True)}
     counted = walk(whole, lambda site, count: min(decided[site.id][2], site.cap(count)))
     return [_planned(site, decided[site.id], passage) for site, passage in counted]
+
+
+def _without(options: Options, unread: Mapping[str, int], sites: int) -> Options:
+    """The options with what a list of ``r`` says of the sites that there are."""
+    if not isinstance(options.r, tuple) or len(options.r) != sites + len(unread):
+        return options
+    left = tuple(r for place, r in enumerate(options.r) if place not in unread.values())
+    return options.model_copy(update={"r": left})
 
 
 def _planned(site: Planned, decision: Decision, passage: Passage) -> Planned:
@@ -59,11 +77,6 @@ def _planned(site: Planned, decision: Decision, passage: Passage) -> Planned:
         site, strategy=strategy, match=match, r=passage.removed, notes=notes,
         tokens_in=count, tokens_out=passage.leaving,
     )  # fmt: skip
-
-
-def _from_plan(sites: Sequence[Planned], options: Options) -> tuple[list[Decision], list[str]]:
-    rows, notes = rows_for(options.plan, sites)
-    return [(row.strategy, row.match, row.r) for row in rows], notes
 
 
 def _from_options(matched: Sequence[Planned], options: Options) -> list[Decision]:

@@ -53,6 +53,8 @@ class Attention:
     after: tuple[Node, ...] = ()
     mask: Node | None = None
     causal: bool = False
+    #: whether queries were left out, because nobody reads what they give
+    narrowed: bool = False
     #: why this is no attention as far as the compiler can tell, and the node that it did not recognise
     unrecognised: Decline | None = None
 

@@ -173,6 +173,7 @@ class Run:
         self.counts["exact copies merged"] += verdict.copied
         self.counts[f"placement {case.use.placement}"] += 1
         self.counts["dynamic batch"] += case.use.dynamic
+        self.counts["unread rows dropped"] += case.use.unread == "drop"
 
     def __str__(self) -> str:
         shown = ", ".join(f"{name}: {count}" for name, count in self.counts.items())

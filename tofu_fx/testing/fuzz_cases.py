@@ -44,6 +44,7 @@ class Use:
     cell: int = 2
     grid: bool = False
     dynamic: bool = False
+    unread: str = "keep"
     inner_backend: str = "eager"
 
 
@@ -58,6 +59,7 @@ USES: dict[str, tuple[Any, ...]] = {
     "cell": (2, 3),
     "grid": (False, True),
     "dynamic": (False, False, True),
+    "unread": ("keep", "drop"),
     "inner_backend": ("eager", "eager", "eager", "aot_eager"),
 }
 
@@ -103,7 +105,7 @@ class Case:
         use = self.use
         found: dict[str, Any] = {
             "r": use.r if r is None else r, "strategy": use.strategy, "match": use.match, "placement": use.placement,
-            "proportional_attention": use.proportional_attention,
+            "proportional_attention": use.proportional_attention, "unread": use.unread,
         }  # fmt: skip
         if use.placement == "branch":
             found.update(branches=("attention", "mlp") if use.mlp else ("attention",), reuse=use.reuse)

@@ -27,7 +27,7 @@ from tofu_fx.plan.options import Options
 from tofu_fx.plan.plan import Plan
 from tofu_fx.sites.site import Site
 from tofu_fx.testing.compare import relative_error, same_bits, tensors
-from tofu_fx.testing.study import POLYMORPHIC, SHUFFLED, UNREAD, Study, Variant, placed, plan_rows, study
+from tofu_fx.testing.study import EAGER, POLYMORPHIC, SHUFFLED, UNREAD, Study, Variant, placed, plan_rows, study
 
 # A shuffle changes the order of the additions over tokens (attention, pooling) and nothing else. A sum of n float32
 # terms carries at most n/2 * eps = n * 6e-8 of its largest partial sum; with n <= 600 tokens and a handful of layers
@@ -131,7 +131,7 @@ def prove(
     plain, reduced = found.outputs["plain"], found.outputs["mlerp"]
     complaints = _complaints(found, strategies, plain)
     # Of fewer rows a product is another kernel, which adds up in another order.
-    exact = (options or {}).get("unread", "keep") == "keep"
+    exact = (options or {}).get("unread", EAGER["unread"]) == "keep"
     same = same_bits if exact else lambda outputs, plain: relative_error(outputs, plain) <= PERMUTATION_TOLERANCE
     return Proofs(
         identity=all(same(found.outputs[placed(POLYMORPHIC, p)], plain) for p in found.placements),

@@ -26,8 +26,11 @@ from tofu_fx.testing.interpreter import Interpreter
 from tofu_fx.testing.running import Labels
 from tofu_fx.testing.shuffle import Shuffler
 
-#: options under which nothing is compiled, nothing fails in silence, and tiny models are reduced too
-EAGER: dict[str, Any] = {"inner_backend": "eager", "on_error": "raise", "profitable_only": False}
+#: options under which nothing is compiled, nothing fails in silence, tiny models are reduced too, and a graph of which
+#: nothing is reduced keeps its bits
+EAGER: dict[str, Any] = {
+    "inner_backend": "eager", "on_error": "raise", "profitable_only": False, "unread": "keep",
+}  # fmt: skip
 
 #: a variant's options: the same for every graph, or made for each from what the compiler found in it (None: untouched)
 Variant = Mapping[str, Any] | Callable[[Scheduled], Mapping[str, Any] | None]
