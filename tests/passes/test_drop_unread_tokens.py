@@ -140,20 +140,26 @@ def test_kept_rows_give_the_bits_of_the_untouched_model() -> None:
 def test_with_reductions_the_outputs_are_those_of_the_rows_kept(name: str, strategy: str) -> None:
     entry = ZOO[name]
     model, x = entry.model(), entry.batch()
-    plan = tofu_fx.explain(model, x, options={"r": [4, 4, 0], "strategy": strategy}).plan
+    plan = tofu_fx.explain(model, x, options={"r": [4, 4, 0], "strategy": strategy, "unread": "keep"}).plan
     left = type(plan)(sites=plan.sites[:-1])
     with torch.no_grad():
         expected = compiled(model, plan=plan)(x)
         found = compiled(model, plan=left, unread="drop")(x)
+        whole = compiled(model, plan=plan, unread="drop")(x)  # its row for the last one is passed over
+        listed = compiled(model, r=[4, 4, 0], strategy=strategy, unread="drop")(x)
     assert relative_error(found, expected) < ROUNDING
     assert relative_error(found, model(x)) > 1e-3
+    assert same_bits(whole, found)
+    assert same_bits(listed, found)
+    with pytest.raises(Exception, match="it says nothing of .* unread='drop'"):
+        compiled(model, plan=left, unread="keep")(x)
 
 
 def test_a_site_whose_tokens_nobody_reads_takes_none() -> None:
     entry = ZOO["vit"]
     explained = tofu_fx.explain(entry.model(), entry.batch(), options={"r": 4, "unread": "drop"})
     assert [row.r for row in explained.plan.sites] == [4, 4]
-    assert "one query reads all tokens" in explained.sites[-1].reason
+    assert "of its 37 tokens 1 is all that is read afterwards" in explained.sites[-1].reason
     assert explained.unread == ["36 of 37 rows are read by nobody and not computed from blocks.2.attn on"]
     assert explained.unread[0] in str(explained)
 
