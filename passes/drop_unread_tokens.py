@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tofu_fx.compilation import Lowered
+from tofu_fx.plan.flops import count_flops
 from tofu_fx.rewrite.token_count_inputs import fake_mode_of, faking
 from tofu_fx.rows.demand import demanded
 from tofu_fx.rows.narrow import Narrowing
@@ -24,10 +25,11 @@ def drop_unread_tokens(graph: Lowered) -> Lowered:
     read = demanded(graph.gm.graph)
     if not read:
         return graph
-    mode = fake_mode_of(graph.gm)
+    mode, flops = fake_mode_of(graph.gm), count_flops(graph.gm.graph)
     narrowing = Narrowing(graph.gm.graph, read, mode)
     with faking(mode):
         narrowing.run()
     graph.gm.graph.eliminate_dead_code()
     graph.gm.recompile()
-    return replace(graph, unread=tuple(narrowing.left_out), narrowed=frozenset(read))
+    saved = flops - count_flops(graph.gm.graph)
+    return replace(graph, unread=tuple(narrowing.left_out), narrowed=frozenset(read), unread_flops=saved)

@@ -61,6 +61,8 @@ class Lowered(Captured):
     #: where rows that nobody reads were left out of the graph, and the nodes that compute only some since
     unread: tuple[LeftOut, ...] = ()
     narrowed: frozenset[Node] = frozenset()
+    #: the operations that were saved by it
+    unread_flops: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

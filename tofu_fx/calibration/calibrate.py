@@ -135,7 +135,7 @@ def calibrate(  # noqa: PLR0913 - a user names each of them
 
 def _placing(options: Mapping[str, Any] | None) -> Options:
     """The options that calibration can be told; the others are what it decides."""
-    known = ("placement", "branches", "cell", "grid", "max_downsample", "proportional_attention")
+    known = ("placement", "branches", "cell", "grid", "max_downsample", "proportional_attention", "unread")
     for key in options or {}:
         if key not in known:
             raise CalibrationError(f"options: calibration takes {', '.join(known)}; it decides on {key!r} itself")
@@ -156,11 +156,11 @@ def _announce(survey: Survey, target: Target) -> None:
 
 def _speed(survey: Survey, choices: Choices, inner_backend: str) -> float:
     """How many times faster than the plain model a plan is on the first batch, both compiled."""
-    if not any(choice.r for choice in choices.values()):
-        return 1.0
     trial, batch = survey.trial, survey.batches[0]
+    if not any(choice.r for choice in choices.values()) and not any(r.compilation.unread for r in trial.rehearsals):
+        return 1.0
     survey.bar.phase(f"compiling with {inner_backend} and timing", 3)
-    ways = {"plain": None, "plan": {"plan": Plan(sites=rows_of(trial, choices))}}
+    ways = {"plain": None, "plan": {"plan": Plan(sites=rows_of(trial, choices)), "unread": trial.options.unread}}
     with trial.set_aside(), room_for_variants():
         calls = {}
         for name, options in ways.items():

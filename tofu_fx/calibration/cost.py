@@ -97,6 +97,16 @@ class CostModel:
         return cls(rehearsal, Expression.of(rehearsal, node_flops), Expression.of(rehearsal, node_bytes))
 
     @property
+    def unread(self) -> int:
+        """The operations of the traced graph on rows that nobody reads, which no plan has."""
+        return self.rehearsal.compilation.unread_flops
+
+    @property
+    def plain(self) -> float:
+        """The cost of the graph as it was traced."""
+        return self.total({}) + self.per_flop * self.unread
+
+    @property
     def fixed(self) -> float:
         """What no plan changes."""
         return self.constant + self.per_flop * (self.beside + self.flops.fixed) + self.per_byte * self.bytes.fixed
@@ -143,7 +153,8 @@ def count_operations(rehearsals: Sequence[Rehearsal], beside: int) -> list[CostM
 
 def share_of_operations(models: Sequence[CostModel], choices: Choices) -> float:
     """The operations of a plan over all graphs, as a share of the plain model's."""
-    return sum(model.operations(choices) for model in models) / sum(model.operations({}) for model in models)
+    plain = sum(model.operations({}) + model.unread for model in models)
+    return sum(model.operations(choices) for model in models) / plain
 
 
 def fit_weights(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:

@@ -84,7 +84,7 @@ class Decider:
             return self._meet_error()
         if self.target.kind == "speedup":
             return self._meet_speedup()
-        budget = self._default_budget() if self.target.kind == "none" else self.target.value * self.tuner.cost({})
+        budget = self._default_budget() if self.target.kind == "none" else self.target.value * self.tuner.plain
         choices = self._search(budget)
         if choices is None:
             raise CalibrationError(
@@ -96,7 +96,7 @@ class Decider:
     def _decision(self, choices: Choices) -> Decision:
         tuner, metric = self.tuner, self.survey.metric
         flops, seconds = round(tuner.flops(choices), 4), self.seconds or ()
-        plain, reduced = (sum(model.total(plan) for model in seconds) for plan in ({}, choices))
+        plain, reduced = sum(model.plain for model in seconds), sum(model.total(choices) for model in seconds)
         predicted = Figures(
             error=finite(metric.error(sum(tuner.predictor.contributions(choices)))),
             flops=flops,
@@ -124,7 +124,7 @@ class Decider:
 
     def _meet_speedup(self) -> Decision:
         tuner, wanted = self.tuner, self.target.value
-        plain = tuner.cost({})
+        plain = tuner.plain
         budget, fastest = plain / wanted, 0.0
         if budget < tuner.cheapest():
             self.notes.append("by the cost model no plan is that fast; the fastest was measured")

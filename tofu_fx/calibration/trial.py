@@ -216,8 +216,8 @@ class Trial(AbstractContextManager["Trial"]):
     def _note(self, rehearsal: Rehearsal) -> None:
         sites = [entry.site for entry in rehearsal.sites]
         if not sites and not self._ran:
-            before = rehearsal.compilation.before
-            self.beside += count_flops(before.graph) if before is not None else 0
+            before, unread = rehearsal.compilation.before, rehearsal.compilation.unread_flops
+            self.beside += count_flops(before.graph) - unread if before is not None else 0
         known = {site.id for site in self.sites}
         again = [site.id for site in sites if site.id in known]
         if again and not self._ran:  # later it is the same graph for another batch size

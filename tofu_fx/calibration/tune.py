@@ -78,6 +78,11 @@ class Tuner:
         """The cost of a plan by the cost model."""
         return sum(model.total(choices) for model in self.costs)
 
+    @property
+    def plain(self) -> float:
+        """The cost of the plain model."""
+        return sum(model.plain for model in self.costs)
+
     def flops(self, choices: Choices) -> float:
         """The operations of a plan, as a share of the plain model's."""
         return share_of_operations(self.costs, choices)
