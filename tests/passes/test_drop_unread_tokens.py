@@ -151,7 +151,7 @@ def test_with_reductions_the_outputs_are_those_of_the_rows_kept(name: str, strat
     assert relative_error(found, model(x)) > 1e-3
     assert same_bits(whole, found)
     assert same_bits(listed, found)
-    with pytest.raises(Exception, match="it says nothing of .* unread='drop'"):
+    with pytest.raises(Exception, match=r"it says nothing of .* unread='drop'"):
         compiled(model, plan=left, unread="keep")(x)
 
 

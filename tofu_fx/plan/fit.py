@@ -47,8 +47,8 @@ def _check_sites(rows: Sequence[PlanRow], sites: Sequence[Planned]) -> None:
             raise PlanError(f"{counts}: {shown(rows[i].id)} is not in it")
         if i >= len(rows):
             raise PlanError(
-                f"{counts}: it says nothing of {shown(sites[i].id)}; a plan that was made with unread='drop' has no row "
-                "for an attention of which nobody reads most tokens, and is for use with that option"
+                f"{counts}: it says nothing of {shown(sites[i].id)}; a plan that was made with unread='drop' has no "
+                "row for an attention of which nobody reads most tokens, and is for use with that option"
             )
         for key, attribute in (("id", "id"), ("heads", "heads"), ("dim", "width")):
             got, wanted = getattr(sites[i], attribute), getattr(rows[i], key)
