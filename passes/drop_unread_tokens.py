@@ -32,4 +32,5 @@ def drop_unread_tokens(graph: Lowered) -> Lowered:
     graph.gm.graph.eliminate_dead_code()
     graph.gm.recompile()
     saved = flops - count_flops(graph.gm.graph)
-    return replace(graph, unread=tuple(narrowing.left_out), narrowed=frozenset(read), unread_flops=saved)
+    narrowed = frozenset(read) | narrowing.cuts
+    return replace(graph, unread=tuple(narrowing.left_out), narrowed=narrowed, unread_flops=saved)

@@ -42,7 +42,7 @@ def find_attention(graph: Lowered) -> Analysed:
     tracer = trace(lambda space: AxisTracer(graph.gm.graph, find_rule, graph.model_state, space=space))
     attentions = list(find_attentions(tracer))
     attentions += find_comparisons(tracer, attentions)
-    attentions = [replace(attention, narrowed=attention.node in graph.narrowed) for attention in attentions]
+    attentions = [replace(attention, narrowed=_is_narrowed(attention.node, graph)) for attention in attentions]
     masks = Masks(graph.gm, graph.model_state, tracer.depends, graph.example_inputs)
     linear = _find_linear(graph, attentions, tracer)
     samples = _samples(tracer)
@@ -62,6 +62,15 @@ def find_attention(graph: Lowered) -> Analysed:
             decline = Decline(_SAMPLES, attention.node)
         sites.append(site if decline is None else Declined(site.site if isinstance(site, Declined) else site, decline))
     return advanced(Analysed, graph, plain=tracer, attentions=tuple(attentions), sites=tuple(sites), guards=guards)
+
+
+def _is_narrowed(node: Node, graph: Lowered) -> bool:
+    """Whether of what an attention gives only some rows are kept, before anything is added to it."""
+    while node not in graph.narrowed:
+        if len(node.users) != 1 or is_op(node, "add"):
+            return bool(node.users) and all(user in graph.narrowed for user in node.users)
+        (node,) = node.users
+    return True
 
 
 def _samples(tracer: AxisTracer) -> set[Atom]:

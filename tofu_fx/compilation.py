@@ -58,7 +58,7 @@ class Lowered(Captured):
     traced_outputs: tuple[Any, ...]
     #: a copy of it, for reports, calibration and proofs: what it was before any token could go
     before: GraphModule | None = None
-    #: where rows that nobody reads were left out of the graph, and the nodes that compute only some since
+    #: where rows that nobody reads were left out of the graph, and the nodes that take or compute only some since
     unread: tuple[LeftOut, ...] = ()
     narrowed: frozenset[Node] = frozenset()
     #: the operations that were saved by it

@@ -50,6 +50,8 @@ class Narrowing:
     fake_mode: FakeTensorMode
     #: where all rows are there, and some are taken
     left_out: list[LeftOut] = field(default_factory=list)
+    #: the nodes that take them
+    cuts: set[Node] = field(default_factory=set)
     _made: dict[Any, Node] = field(default_factory=dict)
     #: readers and those of their operands that have samples, in dim 0
     _sampled: set[tuple[Node, Node]] = field(default_factory=set)
@@ -110,6 +112,7 @@ class Narrowing:
                 cut = self._cut_of_samples(operand.node, wanted, before)
             else:
                 cut = self._cut(operand.node, operand.dim, wanted.positions)
+        self.cuts |= {cut, *cut.all_input_nodes} - {operand.node}
         if is_op(cut, "slice"):  # a view: unlike a copy it may be read again after an op in place
             self._made[key] = cut
         return cut

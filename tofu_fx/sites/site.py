@@ -53,7 +53,7 @@ class Attention:
     after: tuple[Node, ...] = ()
     mask: Node | None = None
     causal: bool = False
-    #: whether queries were left out, because nobody reads what they give
+    #: whether only some of what it gives is kept, because nobody reads the rest
     narrowed: bool = False
     #: why this is no attention as far as the compiler can tell, and the node that it did not recognise
     unrecognised: Decline | None = None
