@@ -58,7 +58,7 @@ def tofu(
     shared = parsed.inner_backend == "inductor" and not is_ddp_bucket(gm)
     outcome = rewrite(gm, parsed, example_inputs, shared_kernels=shared)
     run = None
-    if outcome.state == "reduced":
+    if outcome.rewritten:
         try:
             run = _compile_rewritten(gm, outcome, example_inputs, parsed)
         except _NOT_A_FAILURE:
@@ -156,10 +156,12 @@ def _outcome(compilation: Compilation) -> Outcome:
     notes = tuple(f"{site.id}: {site_note}" for site in compilation.sites for site_note in site.notes)
     if _is_one_block(compilation):
         notes = (*notes, _ONE_BLOCK[compilation.reducing[0].placement])
-    if compilation.reducing or compilation.unread:
+    unread = "; ".join(map(str, compilation.unread))
+    if compilation.reducing:
         reduced = f"{len(compilation.reducing)} of {len(compilation.sites)} attention sites reduced"
-        message = "; ".join([*([reduced] if compilation.reducing else []), *map(str, compilation.unread)])
-        return Outcome(compilation, message, notes, "reduced")
+        return Outcome(compilation, f"{reduced}; {unread}" if unread else reduced, notes, "reduced")
+    if unread and not compilation.options.reduces:
+        return Outcome(compilation, unread, notes, "reduced")
     if not compilation.sites:
         why = "the graph has no attention between pairs of tokens (linear attention has none)"
     elif not any(site.matched for site in compilation.sites):
@@ -168,7 +170,8 @@ def _outcome(compilation: Compilation) -> Outcome:
     else:
         why = "the options or the plan take no token from any attention site"
     multiplies = any(node_flops(node) for node in compilation.gm.graph.nodes)
-    return Outcome(compilation, f"{NOTHING}{why}", notes, "idle" if compilation.sites or multiplies else "empty")
+    message = f"no token was reduced: {why}; but {unread}" if unread else f"{NOTHING}{why}"
+    return Outcome(compilation, message, notes, "idle" if compilation.sites or multiplies else "empty")
 
 
 _ONE_BLOCK = {

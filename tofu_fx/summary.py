@@ -35,6 +35,11 @@ class Outcome:
     warnings: tuple[str, ...] = ()
     state: Literal["reduced", "idle", "empty", "failed"] = "idle"
 
+    @property
+    def rewritten(self) -> bool:
+        """Whether the rewritten graph is to be compiled, not the one that came."""
+        return self.state == "reduced" or (self.compilation is not None and bool(self.compilation.unread))
+
 
 @dataclass
 class Model:
@@ -106,9 +111,6 @@ def summarise(outcomes: Sequence[Outcome]) -> str:
     if reducing:
         where = f" in {len(outcomes)} graphs" if len(outcomes) > 1 else ""
         return f"{reducing} of {sum(len(c.sites) for c in compilations)} attention sites reduced{where}"
-    unread = list(dict.fromkeys(str(place) for compilation in compilations for place in compilation.unread))
-    if unread:
-        return "; ".join(unread)
     # Why an attention was left alone says more than that another graph has none, or is without any product.
     told = [outcome for outcome in outcomes if outcome.state != "empty"] or list(outcomes)
     told = [o for o in told if o.compilation is None or o.compilation.sites] or told

@@ -25,7 +25,7 @@ def compiled_branch(row: Row) -> Compilation:
     """What the passes make of it."""
     two_branches(X, row)  # makes the constants, as real tensors
     graph = traced(lambda x: two_branches(x, row), FAKES.from_tensor(X))
-    asked = {"r": PAIRS, "strategy": "mean", "placement": "branch", "branches": ["attention", "mlp"]}
+    asked = {"r": PAIRS, "strategy": "mean", "placement": "branch", "branches": ["attention", "mlp"], "unread": "keep"}
     options = Options.parse({**asked, "profitable_only": False, "on_error": "raise"})
     compilation: Compilation = run_passes((already_aten, *without("lower_to_aten", "verify")), graph, options, [X])
     return compilation

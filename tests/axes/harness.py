@@ -153,7 +153,10 @@ class Compiled:
         self.nodes = behind[: behind.index(result) + 1] if result in behind else []
         self.called = {getattr(node.target, "__name__", "").split(".")[0] for node in self.nodes}
         respell(graph)  # what lower_to_aten does beside tracing
-        asked = {"r": PAIRS, "strategy": "mean", "placement": "stream", "profitable_only": False, "on_error": "raise"}
+        asked = {
+            "r": PAIRS, "strategy": "mean", "placement": "stream", "unread": "keep", "profitable_only": False,
+            "on_error": "raise",
+        }  # fmt: skip
         # The graph is ATen already, and what verify looks for shows when it runs: two passes that take half the time.
         passes = (already_aten, *without("lower_to_aten", "verify"))
         with torch.no_grad():

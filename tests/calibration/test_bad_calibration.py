@@ -221,7 +221,7 @@ def test_plan_of_another_version_says_so(content: dict[str, Any]) -> None:
 
 
 def test_plan_of_another_model_names_the_first_difference(model: nn.Module, content: dict[str, Any]) -> None:
-    other = tofu_fx.explain(randomise(ZOO["deit"].model()), X, options={"r": 4}).plan
+    other = tofu_fx.explain(randomise(ZOO["deit"].model()), X, options={"r": 4, "unread": "keep"}).plan
     assert _use(model, other).matched == 3  # the same sites: nothing distinguishes them, and nothing goes wrong
     narrow = Plan(sites=[row.model_copy(update={"dim": 24}) for row in Plan.load(content).sites])
     with pytest.raises(PlanError, match="another model: site 0 has dim 48 in the graph, 24 in the plan"):

@@ -206,7 +206,9 @@ def test_plan_serves_every_batch_size_and_another_image_size_as_shares(model: nn
 
 def test_stream_too_short_for_all_layers_gets_a_plan() -> None:
     # 4 patches: the third of six sites may get one token, so it and those after it can never reduce any.
-    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=6, embed_dim=48, num_heads=3, num_classes=10)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, depth=6, embed_dim=48, num_heads=3, num_classes=10, global_pool="avg"
+    )
     randomise(model)
     x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     found = tofu_fx.calibrate(model, x, flops=0.9, **QUICK)

@@ -74,7 +74,7 @@ class _Straight(nn.Module):
 
 
 def _scores(model: nn.Module, x: Tensor) -> list[tuple[Tensor, Tensor] | None]:
-    with Trial(model.eval(), Options()) as trial:
+    with Trial(model.eval(), Options(unread="keep")) as trial:
         batch = Batch((x,))
         trial.record(batch)
         order = torch.arange(len(x)).roll(1)

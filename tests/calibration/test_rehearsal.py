@@ -38,7 +38,7 @@ NAMES = ("vit_avg_of_patches", "dinov2_registers", "siglip", "beit", "eva02", "h
 def test_rehearsed_plan_has_the_bits_of_the_compiled_one(name: str, match: str) -> None:
     entry = ZOO[name]
     model, x = entry.model(), entry.batch()
-    with Trial(model, Options()) as trial:
+    with Trial(model, Options(unread="keep")) as trial:
         batch = Batch((x,))
         plain = trial.plain(batch)
         assert relative_error(trial.record(batch), plain) < 1e-5
@@ -58,7 +58,9 @@ def test_rehearsed_plan_has_the_bits_of_the_compiled_one(name: str, match: str) 
 def test_any_plan_rehearsed_from_any_recorded_run() -> None:
     model = randomise(ZOO["vit_avg_of_patches"].model())
     batch = Batch((ZOO["vit_avg_of_patches"].batch(),))
-    with Trial(model, Options()) as trial:  # once for all examples: each time it is entered the model is traced anew
+    with Trial(
+        model, Options(unread="keep")
+    ) as trial:  # once for all examples: each time it is entered the model is traced anew
         trial.plain(batch)
 
         @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 12)), min_size=3, max_size=3), st.integers(0, 2))
@@ -81,7 +83,7 @@ def test_any_plan_rehearsed_from_any_recorded_run() -> None:
 def test_cost_of_any_counts_is_that_of_the_graph(name: str) -> None:
     entry = ZOO[name]
     model, x = entry.model(), entry.batch()
-    with Trial(model, Options()) as trial:
+    with Trial(model, Options(unread="keep")) as trial:
         trial.plain(Batch((x,)))
         (rehearsal,) = trial.rehearsals
         cost = CostModel.of(rehearsal)
@@ -90,7 +92,7 @@ def test_cost_of_any_counts_is_that_of_the_graph(name: str) -> None:
         counts, plan = [passage.leaving for passage in rehearsal.passages(choices)], Plan(sites=rows_of(trial, choices))
         arriving = (trial.sites[0].tokens, counts[1])
         fuse = (cost.reduction(0, "keys", arriving[0]), cost.reduction(2, "queries_keys", arriving[1]))
-    explained = tofu_fx.explain(model, x, options={"plan": plan})
+    explained = tofu_fx.explain(model, x, options={"plan": plan, "unread": "keep"})
     assert cost.operations({}) == explained.flops_before
     assert cost.operations(choices) == explained.flops_after
     assert cost.total(choices) == explained.flops_after
@@ -118,7 +120,7 @@ def test_uniform_plans_use_what_they_may_and_no_more() -> None:
     plans = uniform_plans(model, x, [0.8, 0.01])
     assert set(plans) == {(name, 0.8) for name in UNIFORM}  # nothing reaches one hundredth
     for (name, _), plan in plans.items():
-        explained = tofu_fx.explain(model, x, options={"plan": plan})
+        explained = tofu_fx.explain(model, x, options={"plan": plan, "unread": "keep"})
         assert 0.75 < explained.flops_after / explained.flops_before <= 0.8
         removed = [row.r for row in plan.sites]
         assert max(removed) - min(removed) <= 1
@@ -162,7 +164,7 @@ def test_model_with_keyword_arguments_and_padding_is_rehearsed() -> None:
     def call(pixel_values: Tensor) -> Any:
         return model(pixel_values=pixel_values)
 
-    with Trial(call, Options()) as trial:
+    with Trial(call, Options(unread="keep")) as trial:
         batch = Batch((), {"pixel_values": x})
         plain = trial.plain(batch)
         reduced = trial.reduced(batch, {site.id: Choice("mlerp", "keys", 4) for site in trial.sites})

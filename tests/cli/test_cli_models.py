@@ -26,7 +26,12 @@ import timm, torch
 
 def vit():
     torch.manual_seed(7)
-    return timm.create_model("vit_tiny_patch16_224", depth=2, img_size=64, embed_dim=48, num_heads=3, num_classes=5)
+    return timm.create_model(
+        "vit_tiny_patch16_224", depth=2, img_size=64, embed_dim=48, num_heads=3, num_classes=5, global_pool="avg"
+    )
+
+def of_class_token():
+    return timm.create_model("vit_tiny_patch16_224", depth=2, img_size=64, embed_dim=48, num_heads=3)
 
 def number():
     return 3
@@ -139,6 +144,13 @@ def test_explain_does_what_its_options_say() -> None:
         ("blocks.0.attn", ["17", "→", "15"], "mean"),
         ("blocks.1.attn", ["15", "→", "12"], "mean"),
     ]
+
+
+def test_explain_says_which_rows_nobody_reads_and_computes_them_if_that_is_asked_for() -> None:
+    done = tofu("explain", "tofu_cli_factories:of_class_token", "--ratio", 0.4)
+    assert (done.code, "16 of 17 rows are read by nobody and not computed" in done.out) == (0, True), done.err
+    done = tofu("explain", "tofu_cli_factories:of_class_token", "--ratio", 0.4, "--unread", "keep")
+    assert (done.code, "read by nobody" in done.out) == (0, False), done.err
 
 
 def test_explain_takes_models_of_pictures_and_of_text_from_transformers(configs: Path) -> None:

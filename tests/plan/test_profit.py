@@ -19,17 +19,17 @@ WORDS = "would cost more time than it saves"
 
 def _explained(name: str, batch: int = 2, **options: object) -> tofu_fx.Explanation:
     entry = ZOO[name]
-    return tofu_fx.explain(entry.model(), entry.batch(batch), options=options)
+    return tofu_fx.explain(entry.model(), entry.batch(batch), options={"unread": "keep", **options})
 
 
 @pytest.mark.true_rates
 def test_tiny_model_is_left_alone_and_says_why() -> None:
     entry = ZOO["vit"]
     model, x = entry.model(), entry.batch()
-    explained = tofu_fx.explain(model, x)
+    explained = tofu_fx.explain(model, x, options={"unread": "keep"})
     assert [WORDS in row.reason for row in explained.sites] == [True] * entry.sites
     assert "removing 6 of 37 tokens" in explained.sites[0].reason
-    call = torch.compile(model, backend="tofu", options={"inner_backend": "eager"})
+    call = torch.compile(model, backend="tofu", options={"inner_backend": "eager", "unread": "keep"})
     with pytest.warns(TofuWarning, match=WORDS):
         found = call(x)
     assert same_bits(found, model(x))
@@ -53,7 +53,7 @@ def test_every_site_of_a_real_vit_pays() -> None:
     model = timm.create_model("vit_small_patch16_224").eval()
     with warnings.catch_warnings():
         warnings.simplefilter("error", TofuWarning)
-        assert tofu_fx.explain(model, torch.randn(1, 3, 224, 224)).matched == 12
+        assert tofu_fx.explain(model, torch.randn(1, 3, 224, 224), options={"unread": "keep"}).matched == 12
 
 
 def test_sites_behind_a_declined_one_keep_their_own_r(monkeypatch: pytest.MonkeyPatch) -> None:

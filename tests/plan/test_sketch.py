@@ -45,7 +45,7 @@ def test_a_prime_width_is_compared_whole() -> None:
 
 @torch.no_grad()
 def test_a_sketch_is_sums_of_neighbouring_features_with_alternating_signs() -> None:
-    with Trial(vit(WIDE), Options(placement="branch")) as trial:
+    with Trial(vit(WIDE), Options(placement="branch", unread="keep")) as trial:
         batch = Batch((IMAGES,), {})
         trial.plain(batch)
         trial.record(batch)

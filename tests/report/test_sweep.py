@@ -25,7 +25,7 @@ BUDGETS = (0.75, 0.9)
 def vit() -> torch.nn.Module:
     torch.manual_seed(0)
     model: torch.nn.Module = timm.create_model(
-        "vit_tiny_patch16_224", depth=2, img_size=64, embed_dim=48, num_heads=3, num_classes=5
+        "vit_tiny_patch16_224", depth=2, img_size=64, embed_dim=48, num_heads=3, num_classes=5, global_pool="avg"
     )
     return model.eval()
 

@@ -22,7 +22,7 @@ ROWS = [("mlerp", 6), ("prune", 5), ("mean", 4)]
 def test_reduced_model_equals_the_reference(name: str, match: str) -> None:
     entry = ZOO[name]
     model, x = entry.model(), entry.batch()
-    plan = tofu_fx.explain(model, x, options={"r": 1}).plan
+    plan = tofu_fx.explain(model, x, options={"r": 1, "unread": "keep"}).plan
     rows = [
         row.model_copy(update={"strategy": strategy, "r": r, "match": match})
         for row, (strategy, r) in zip(plan.sites, ROWS, strict=True)
@@ -36,7 +36,7 @@ def test_reduced_model_equals_the_reference(name: str, match: str) -> None:
 def test_option_is_the_same_as_a_plans_rows() -> None:
     entry = ZOO["vit_avg_of_patches"]
     model, x = entry.model(), entry.batch()
-    plan = tofu_fx.explain(model, x, options={"r": 5, "match": "heads"}).plan
+    plan = tofu_fx.explain(model, x, options={"r": 5, "match": "heads", "unread": "keep"}).plan
     assert {row.match for row in plan.sites} == {"heads"}
     with_option = compiled(model, r=5, match="heads")(x)
     assert same_bits(compiled(model, plan=plan)(x), with_option)
@@ -55,7 +55,7 @@ LAYOUTS = (
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_kinds_are_of_the_same_keys_in_every_layout(name: str) -> None:
     entry = ZOO[name]
-    with Trial(entry.model(), Options()) as trial:
+    with Trial(entry.model(), Options(unread="keep")) as trial:
         batch = Batch((entry.batch(),), {})
         plain = trial.plain(batch)
         assert tensors(plain)

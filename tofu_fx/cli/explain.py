@@ -30,6 +30,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strategy", choices=get_args(Strategy), help="how they go (auto: by depth, or by the plan)")
     parser.add_argument("--match", choices=get_args(Match), help="what tokens are compared by (keys)")
     parser.add_argument("--placement", choices=get_args(Placement), help="on the stream, or in each block's branches")
+    unread = "whether rows of tensors that nobody reads are computed (drop)"
+    parser.add_argument("--unread", choices=("drop", "keep"), help=unread)
     inputs.add_input_arguments(parser, samples=2)
 
 
@@ -42,7 +44,7 @@ def _run(args: argparse.Namespace) -> None:
     from tofu_fx.calibration.refusals import model_refusals
     from tofu_fx.plan.options import Options
 
-    keys = ("plan", "ratio", "r", "strategy", "match", "placement")
+    keys = ("plan", "ratio", "r", "strategy", "match", "placement", "unread")
     given: dict[str, Any] = {key: getattr(args, key) for key in keys}
     if args.plan is not None:
         given["plan"] = tofu_fx.Plan.load(args.plan)

@@ -42,6 +42,7 @@ def schedule(sites: Sequence[Placed], options: Options, unread: Mapping[str, int
         )
         for site in sites
     ]  # fmt: skip
+    decisions: list[Decision]
     if options.plan is not None:
         rows, notes = rows_for(options.plan, whole, unread or {})
         decisions = [(row.strategy, row.match, row.r) for row in rows]

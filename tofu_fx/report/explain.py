@@ -223,7 +223,7 @@ def _report(outcome: Outcome, number: int) -> GraphReport:
     if compilation is None or compilation.before is None:
         return GraphReport(outcome.message, [], [], "", "", 0, 0, {}, {}, [], outcome.state)
     rows = [PlanRow.of(site, number) for site in ever_planned(compilation.sites)]
-    after = compilation.gm if compilation.reducing or compilation.unread else compilation.before
+    after = compilation.gm if outcome.rewritten else compilation.before
     return GraphReport(
         outcome.message,
         [_row(site, number, place) for place, site in enumerate(compilation.sites)],

@@ -54,9 +54,12 @@ def demanded(graph: Graph) -> dict[Node, Rows]:
                 found[node] = rows
         except Barrier:  # a size that is only known when the model runs
             pass
-        if node not in found and not isinstance(node.meta["val"], torch.Tensor):
-            for part in node.users:  # there are no rows of several tensors together: each is cut for itself
-                found.pop(part, None)
+        if not isinstance(node.meta["val"], torch.Tensor):
+            for part in node.users:  # several tensors together cannot be cut: each part has the rows of all of them
+                if node in found:
+                    found[part] = found[node]
+                else:
+                    found.pop(part, None)
     late = {rows.of_sample for rows in found.values() if rows.of_sample is not None and not _is_early(rows, found)}
     return {node: rows for node, rows in found.items() if rows.of_sample not in late}
 

@@ -78,7 +78,7 @@ class Narrowing:
         for node in list(self.graph.nodes):
             reads = readers.get(node)
             if reads is not None:
-                self._take(node, self.read[node.args[0]], reads)  # type: ignore[index]
+                self._take(node, self.read[node.args[0]], reads)
             elif node in self.read:
                 self._narrow(node, self.read[node], operands[node])
 
