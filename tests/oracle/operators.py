@@ -6,7 +6,9 @@ use `decision_margin` and `merge_error` to know how closely float32 has to agree
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -197,3 +199,76 @@ def reference_separate(metric: Tensor, there: Tensor) -> Tensor:
         rows[b, i, -1] = 0.6
     rows[..., -1][~there] = -1.0
     return rows
+
+
+def reference_ward(
+    metric: Tensor, size: Tensor, r: int, num_prefix: int = 0, num_suffix: int = 0
+) -> tuple[list[dict[int, int]], float]:
+    """Who ends up with whom by Ward's criterion, for every sample, and how clear the least clear decision was.
+
+    Groups are lists of tokens here, whose means are computed anew each time. The margin is the smallest difference
+    between two costs that decided something, as a share of the larger one; exact ties are no decision.
+    """
+    found = [
+        _WardGroups(rows, weights, range(num_prefix, len(rows) - num_suffix)).run(r)
+        for rows, weights in zip(metric.double(), size.double(), strict=True)
+    ]
+    return [joins for joins, _ in found], min(margin for _, margin in found)
+
+
+class _WardGroups:
+    """One sample: its groups, by their first tokens, and the links between tokens so far (cost, later, earlier)."""
+
+    def __init__(self, rows: Tensor, weights: Tensor, places: range) -> None:
+        self.rows, self.weights, self.places = rows, weights, places
+        self.groups = {i: [i] for i in places}
+        self.links: list[tuple[float, int, int]] = []
+        self.margin = math.inf
+
+    def run(self, r: int) -> tuple[dict[int, int], float]:
+        free = len(self.places)
+        for i in self.places:
+            self._join(0.0, next(j for j in self.places if torch.equal(self.rows[j], self.rows[i])), i)
+        for _ in range(next(n for n, most in ((4, free / 8), (8, free / 2), (16, free)) if r <= most)):
+            nearest = {a: self._least(a, self.groups) for a in self.groups if len(self.groups) > 1}
+            for a, (cost, b) in nearest.items():
+                if a < b and nearest[b][1] == a:
+                    self._join(cost, a, b)
+        links, last = sorted(self.links), []
+        if len(links) < r:
+            left = sorted(self.groups)
+            nearest_ahead = [(b, *self._least(b, left[:place])) for place, b in enumerate(left) if place]
+            last = sorted((cost, b, a) for b, cost, a in nearest_ahead)
+        for part in (links, last):
+            self.margin = min([self.margin, *(_gap(a[0], b[0]) for a, b in itertools.pairwise(part))])
+        joins = {b: a for _, b, a in (links + last)[:r]}
+        return {b: _end(joins, b) for b in joins}, self.margin
+
+    def _join(self, cost: float, keeps: int, goes: int) -> None:
+        if keeps != goes:
+            self.links.append((cost, goes, keeps))
+            self.groups[keeps] = self.groups[keeps] + self.groups.pop(goes)
+
+    def _least(self, group: int, others: Iterable[int]) -> tuple[float, int]:
+        costs = sorted((self._cost(group, other), other) for other in others if other != group)
+        self.margin = min([self.margin, *(_gap(cost, costs[0][0]) for cost, _ in costs[1:])])
+        return costs[0]
+
+    def _cost(self, a: int, b: int) -> float:
+        sizes = [float(self.weights[self.groups[g]].sum()) for g in (a, b)]
+        means = [
+            (self.weights[self.groups[g], None] * self.rows[self.groups[g]]).sum(0) / n
+            for g, n in zip((a, b), sizes, strict=True)
+        ]
+        return round(sizes[0] * sizes[1] / sum(sizes) * float((means[0] - means[1]).square().sum()), SCORE_DECIMALS)
+
+
+def _gap(a: float, b: float) -> float:
+    """How far two costs are apart, as a share of the larger one; infinity for equal ones."""
+    return abs(a - b) / max(a, b) if a != b else math.inf
+
+
+def _end(joins: dict[int, int], token: int) -> int:
+    while token in joins:
+        token = joins[token]
+    return token

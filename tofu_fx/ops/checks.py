@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from .matching import Grid, max_reduction
+from .matching import GROUPINGS, Grid, max_reduction
 from .merging import STRATEGIES
 
 
@@ -131,13 +131,28 @@ def check_protected(op: str, tokens: int, num_prefix: int, num_suffix: int) -> N
         )
 
 
-def check_reduction(op: str, r: int, tokens: int, num_prefix: int, num_suffix: int, grid: Sequence[int] = ()) -> None:
+def check_grouping(grouping: str) -> None:
+    """Raise ValueError unless `grouping` is one of GROUPINGS."""
+    if grouping not in GROUPINGS:
+        raise ValueError(f"unknown grouping {grouping!r}: expected one of {', '.join(map(repr, GROUPINGS))}")
+
+
+def check_reduction(
+    op: str,
+    r: int,
+    tokens: int,
+    num_prefix: int,
+    num_suffix: int,
+    grid: Sequence[int] = (),
+    grouping: str = "bipartite",
+) -> None:
     """Raise ValueError unless the grid holds the free tokens and r of them can be taken away."""
     check_protected(op, tokens, num_prefix, num_suffix)
     if grid:
         _check_grid(op, tokens - num_prefix - num_suffix, grid)
-    cap = max_reduction(tokens, num_prefix, num_suffix, grid)
-    rest = "all but one in each cell of the grid" if grid else "half of the free tokens"
+    cap = max_reduction(tokens, num_prefix, num_suffix, grid, grouping)
+    half = "all free tokens but one" if grouping == "ward" else "half of the free tokens"
+    rest = "all but one in each cell of the grid" if grid else half
     if not 0 <= r <= cap:
         raise ValueError(
             f"{op}: r={r} is out of range: of {tokens} tokens {num_prefix + num_suffix} are protected, so r must be "

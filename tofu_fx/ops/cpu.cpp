@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <numeric>
 #include <vector>
 
@@ -154,6 +155,165 @@ void merge(const float* x, const float* size, int64_t features, int64_t destinat
   for (int64_t i = 0; i < features; ++i) out[i] = out[i] * factor * back;
 }
 
+// ward.py: who of a sample joins whom by Ward's criterion. All buffers are of the free tokens.
+class Ward {
+ public:
+  Ward(const float* metric, int64_t stride, const float* sizes, int64_t free_tokens, int64_t features)
+      : free_(free_tokens), squared_(free_ * free_), size_(sizes, sizes + free_), link_(free_, -1), cost_(free_, kNever),
+        nearest_(free_), least_(free_) {
+    measure(metric, stride, features);
+  }
+
+  // goes[t]: the token that t ends up with, t itself if it stays.
+  void run(int64_t r, int64_t rounds, int64_t* goes) {
+    join_equal();
+    for (int64_t round = 0; round < rounds; ++round) {
+      find_nearest(false);
+      if (settled(r)) break;
+      join_mutual();
+    }
+    std::vector<int64_t> order(free_);
+    std::iota(order.begin(), order.end(), 0);
+    std::vector<bool> linked(free_);
+    for (int64_t t = 0; t < free_; ++t) linked[t] = link_[t] >= 0;
+    if (std::count(linked.begin(), linked.end(), true) < r) {  // each group that is left to the nearest ahead of it
+      find_nearest(true);
+      for (int64_t t = 0; t < free_; ++t) {
+        if (linked[t]) continue;
+        link_[t] = nearest_[t];
+        cost_[t] = least_[t];
+      }
+    }
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+      return linked[a] != linked[b] ? linked[a] : cost_[a] < cost_[b];
+    });
+    std::iota(goes, goes + free_, 0);
+    for (int64_t i = 0; i < r; ++i) goes[order[i]] = link_[order[i]];
+    for (int64_t t = 0; t < free_; ++t) goes[t] = goes[goes[t]];  // links lead to earlier tokens, which are done
+  }
+
+ private:
+  static constexpr float kNever = std::numeric_limits<float>::infinity(), kFar = 1e30f;
+
+  int64_t free_;
+  std::vector<float> squared_, size_;
+  std::vector<int64_t> link_;
+  std::vector<float> cost_;
+  std::vector<int64_t> nearest_;
+  std::vector<float> least_;
+
+  bool alive(int64_t t) const { return link_[t] < 0; }
+
+  void measure(const float* metric, int64_t stride, int64_t features) {
+    std::vector<float> columns(features * free_);
+    std::vector<bool> finite(free_, true);
+    for (int64_t t = 0; t < free_; ++t) {
+      const float* row = metric + t * stride;
+      for (int64_t f = 0; f < features; ++f) finite[t] = finite[t] && std::isfinite(row[f]);
+      for (int64_t f = 0; f < features; ++f) columns[f * free_ + t] = finite[t] ? row[f] : 0;
+    }
+    for (int64_t i = 0; i < free_; ++i) {
+      float* out = squared_.data() + i * free_;
+      for (int64_t f = 0; f < features; ++f) {
+        const float* column = columns.data() + f * free_;
+        const float own = column[i];
+#pragma omp simd
+        for (int64_t j = i + 1; j < free_; ++j) out[j] += (column[j] - own) * (column[j] - own);
+      }
+      for (int64_t j = i + 1; j < free_; ++j) out[j] = finite[i] && finite[j] ? std::min(out[j], kFar) : kFar;
+    }
+    mirror();
+  }
+
+  void mirror() {
+    constexpr int64_t tile = 16;
+    for (int64_t top = 0; top < free_; top += tile) {
+      for (int64_t left = 0; left <= top; left += tile) {
+        for (int64_t j = top; j < std::min(top + tile, free_); ++j) {
+          for (int64_t i = left; i < std::min(left + tile, j); ++i) squared_[j * free_ + i] = squared_[i * free_ + j];
+        }
+      }
+    }
+  }
+
+  // Each token that equals an earlier one joins the first of these.
+  void join_equal() {
+    for (int64_t t = 0; t < free_; ++t) {
+      const float* row = squared_.data() + t * free_;
+      const int64_t first = std::find(row, row + t, 0.0f) - row;
+      if (first < t) {
+        link_[t] = first;
+        cost_[t] = 0;
+      }
+    }
+    const std::vector<float> before = size_;
+    for (int64_t t = 0; t < free_; ++t) {
+      if (link_[t] >= 0) size_[link_[t]] += before[t];
+    }
+  }
+
+  // The group whose union with each group costs the least, and what it costs; the first of equals.
+  void find_nearest(bool ahead) {
+    std::vector<float> cost(free_), hidden(free_);
+    for (int64_t t = 0; t < free_; ++t) hidden[t] = alive(t) ? 0 : kNever;
+    for (int64_t t = 0; t < free_; ++t) {
+      if (!alive(t)) continue;
+      const float* row = squared_.data() + t * free_;
+      const int64_t stop = ahead ? t : free_;
+      const float own = size_[t];
+      float least = kNever;
+#pragma omp simd reduction(min : least)
+      for (int64_t j = 0; j < stop; ++j) {
+        float c = row[j] * (own * size_[j] / (own + size_[j])) + hidden[j];
+        c = j == t ? kNever : c;
+        cost[j] = c;
+        least = c < least ? c : least;
+      }
+      least_[t] = least;
+      nearest_[t] = least < kNever ? std::find(cost.begin(), cost.begin() + stop, least) - cost.begin() : t;
+    }
+  }
+
+  // Whether r links are cheaper than any that may still come: what joins later costs more.
+  bool settled(int64_t r) const {
+    float least = kNever;
+    for (int64_t t = 0; t < free_; ++t) least = alive(t) ? std::min(least, least_[t]) : least;
+    return std::count_if(cost_.begin(), cost_.end(), [&](float c) { return c < least; }) >= r;
+  }
+
+  void join_mutual() {
+    struct Pair {
+      int64_t keeps, goes;
+      float share, rest, apart;
+    };
+    std::vector<Pair> pairs;
+    for (int64_t t = 0; t < free_; ++t) {
+      const int64_t other = nearest_[t];
+      if (!alive(t) || other <= t || nearest_[other] != t) continue;
+      const float sum = size_[t] + size_[other], share = size_[t] / sum, rest = size_[other] / sum;
+      pairs.push_back({t, other, share, rest, squared_[t * free_ + other] * share * rest});
+    }
+    const auto between = [](float ours, float theirs, const Pair& p) {
+      return std::clamp(ours * p.share + theirs * p.rest - p.apart, 0.0f, kFar);
+    };
+    for (const Pair& p : pairs) {
+      float* ours = squared_.data() + p.keeps * free_;
+      const float* theirs = squared_.data() + p.goes * free_;
+      for (int64_t k = 0; k < free_; ++k) ours[k] = between(ours[k], theirs[k], p);
+    }
+    for (int64_t t = 0; t < free_; ++t) {
+      float* row = squared_.data() + t * free_;
+      for (const Pair& p : pairs) row[p.keeps] = between(row[p.keeps], row[p.goes], p);
+    }
+    mirror();
+    for (const Pair& p : pairs) {
+      link_[p.goes] = p.keeps;
+      cost_[p.goes] = least_[p.goes];
+      size_[p.keeps] += size_[p.goes];
+    }
+  }
+};
+
 }  // namespace
 
 #ifdef _WIN32
@@ -219,6 +379,30 @@ EXPORT int64_t tofu_choose(const float* score, int64_t batch, int64_t tokens, in
                    assignment + b * tokens, kept + b * (tokens - r)) && sound;
   }
   return sound;
+}
+
+// metric [batch, tokens, features], size [batch, tokens] -> assignment [batch, tokens], kept [batch, tokens - r], for
+// 1 <= r < free_tokens.
+EXPORT void tofu_ward(const float* metric, const float* size, int64_t batch, int64_t tokens, int64_t features,
+                      int64_t prefix, int64_t free_tokens, int64_t r, int64_t rounds, int64_t* assignment,
+                      int64_t* kept, int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t first = b * tokens + prefix;
+    std::vector<int64_t> goes(free_tokens);
+    Ward(metric + first * features, features, size + first, free_tokens, features).run(r, rounds, goes.data());
+    int64_t place = 0;
+    for (int64_t t = 0; t < tokens; ++t) {
+      const int64_t f = t - prefix;
+      const bool joins = f >= 0 && f < free_tokens && goes[f] != f;
+      if (joins) {
+        assignment[b * tokens + t] = assignment[b * tokens + prefix + goes[f]];
+        continue;
+      }
+      kept[b * (tokens - r) + place] = t;
+      assignment[b * tokens + t] = place++;
+    }
+  }
 }
 
 }  // extern "C"

@@ -14,7 +14,7 @@ from importlib import resources
 import torch
 from torch import Tensor
 
-from . import build
+from . import build, ward
 from .checks import check_one_reduction
 from .matching import CANDIDATE_TILE, PARTNER_TILE, interleaved, padded_shape, sides, similarity
 from .merging import STRATEGIES
@@ -26,6 +26,7 @@ _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 _SIGNATURES = {
     "tofu_unit_rows": (None, "pnnnnnnnpn"),
     "tofu_choose": (_NUMBER, "pnnnnppnnnnppn"),
+    "tofu_ward": (None, "ppnnnnnnnppn"),
     "tofu_merge": (_NUMBER, "ppppnnnnnppn"),
 }
 
@@ -51,7 +52,7 @@ def library() -> ctypes.CDLL | None:
     return compiled
 
 
-def fuse(
+def fuse(  # noqa: PLR0913 - the arguments of the operator
     x: Tensor,
     metric: Tensor,
     size: Tensor,
@@ -60,6 +61,7 @@ def fuse(
     num_prefix: int,
     num_suffix: int,
     grid: tuple[int, ...] = (),
+    grouping: str = "bipartite",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`fuse_tokens` for 1 <= r <= max_reduction and B >= 1."""
     batch, tokens, _ = x.shape
@@ -67,17 +69,25 @@ def fuse(
     functions = library()
     assert functions is not None
     metric = metric.float()
+    assignment = torch.empty((batch, tokens), dtype=torch.int64)
+    kept = torch.empty((batch, tokens - r), dtype=torch.int64)
+    if grouping == "ward" and not grid:
+        metric, size = metric.contiguous(), size.contiguous()
+        functions.tofu_ward(
+            metric.data_ptr(), size.data_ptr(), batch, tokens, metric.shape[2], num_prefix, free, r,
+            ward.rounds(r, free), assignment.data_ptr(), kept.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return *merge(x, size, assignment, kept, strategy), assignment, kept
     candidates, partners = sides(free, grid, x.device)
-    if grid:
-        pair = (
+    if grouping == "ward":
+        score = ward.scores(metric, size, num_prefix, candidates, partners)
+    elif grid:
+        score = similarity(
             _unit_rows(metric.index_select(1, candidates + num_prefix), 0, len(candidates), CANDIDATE_TILE),
             _unit_rows(metric.index_select(1, partners + num_prefix), 0, len(partners), PARTNER_TILE),
         )
     else:
-        pair = interleaved(_unit_rows(metric, num_prefix, free, 2 * PARTNER_TILE), len(candidates))
-    score = similarity(*pair)
-    assignment = torch.empty((batch, tokens), dtype=torch.int64)
-    kept = torch.empty((batch, tokens - r), dtype=torch.int64)
+        score = similarity(*interleaved(_unit_rows(metric, num_prefix, free, 2 * PARTNER_TILE), len(candidates)))
     sound = functions.tofu_choose(
         score.data_ptr(), batch, tokens, num_prefix, len(candidates), candidates.data_ptr(), partners.data_ptr(),
         len(partners), *score.shape[1:], r, assignment.data_ptr(), kept.data_ptr(),

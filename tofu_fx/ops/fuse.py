@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from .checks import check_metric, check_reduction, check_strategy, check_stream
+from .checks import check_grouping, check_metric, check_reduction, check_strategy, check_stream
 from .gradient import gradient, save_for_gradient
 from .matching import match
 from .merging import reduce_rows
+from .ward import match_by_ward
 
 
-def _fuse(
+def _fuse(  # noqa: PLR0913 - the arguments of the operator
     x: Tensor,
     metric: Tensor,
     size: Tensor,
@@ -24,20 +25,26 @@ def _fuse(
     num_prefix: int,
     num_suffix: int,
     grid: Sequence[int] | None = None,
+    grouping: str = "bipartite",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_stream("fuse_tokens", x, size)
     check_metric("fuse_tokens", x, metric)
     check_strategy(strategy)
+    check_grouping(grouping)
     batch, tokens, features = x.shape
-    check_reduction("fuse_tokens", r, tokens, num_prefix, num_suffix, grid or ())
+    cells = tuple(grid or ())
+    check_reduction("fuse_tokens", r, tokens, num_prefix, num_suffix, cells, grouping)
     left = tokens - r
     if r == 0 or batch == 0:
         place = torch.arange(tokens, device=x.device).repeat(batch, 1)
         whole, sizes = (t[:, :left].clone(memory_format=torch.contiguous_format) for t in (x, size))
         return whole, sizes, place, place[:, :left].clone(memory_format=torch.contiguous_format)
     if cpu.usable(x):
-        return cpu.fuse(x, metric, size, r, strategy, num_prefix, num_suffix, tuple(grid or ()))
-    reduction = match(metric, r, num_prefix, num_suffix, tuple(grid or ()))
+        return cpu.fuse(x, metric, size, r, strategy, num_prefix, num_suffix, cells, grouping)
+    if grouping == "ward":
+        reduction = match_by_ward(metric, size, r, num_prefix, num_suffix, cells)
+    else:
+        reduction = match(metric, r, num_prefix, num_suffix, cells)
     new_x, new_size = reduce_rows(x.flatten(0, 1), size.flatten(), reduction, strategy)
     return (
         new_x.view(batch, left, features),
@@ -48,7 +55,7 @@ def _fuse(
 
 
 @torch.library.custom_op("tofu::fuse_tokens", mutates_args=())
-def fuse_tokens(
+def fuse_tokens(  # noqa: PLR0913 - the arguments of the operator
     x: Tensor,
     metric: Tensor,
     size: Tensor,
@@ -57,6 +64,7 @@ def fuse_tokens(
     num_prefix: int,
     num_suffix: int,
     grid: Sequence[int] | None = None,
+    grouping: str = "bipartite",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Take r tokens out of a stream; each joins the token it is most like.
 
@@ -66,10 +74,11 @@ def fuse_tokens(
 
     Args:
         x: features `[B, N, C]`; merged in float32 (float64 for float64) and rounded once.
-        metric: `[B, N, M]` floating point, what tokens are compared by: cosine similarity in float32. A row that is
-            zero or not finite is equally unlike every other.
+        metric: `[B, N, M]` floating point, what tokens are compared by in float32. By "bipartite" grouping it is their
+            cosine similarity; a row that is zero or not finite is equally unlike every other. By "ward" it is their
+            Euclidean distance; a row that is not finite is far from every other.
         size: `[B, N]` float32, > 0: how many original tokens each stands for.
-        r: tokens to take away, 0 <= r <= max_reduction(N, num_prefix, num_suffix, grid).
+        r: tokens to take away, 0 <= r <= max_reduction(N, num_prefix, num_suffix, grid, grouping).
         strategy: what a destination becomes. "prune": stays as it is. "mean": the size-weighted mean m of its group.
             "mlerp": m/|m| * max_k |x_k|, for finite members as far as that is in x's range. Where K members cancel,
             |sum of size_k x_k| <= 64 K u * sum of size_k |x_k| with u = 2^-24 (float64: 2^-53), there is no direction
@@ -81,6 +90,9 @@ def fuse_tokens(
         grid: `(frames, height, width, cell, seed)` of the free tokens: others join the one partner in each cell of
             `cell` x `cell` places, its first or (seed > 0) the one that the seed picks. None: the odd places are the
             partners.
+        grouping: "bipartite": each token that is no partner joins the partner that it is most like, those first that
+            are most alike (`matching`). "ward": those groups are joined whose members stay nearest to their mean, in
+            rounds (`ward`); of a grid, each to the partner whose union with it has the least of Ward's cost.
 
     Returns:
         x' `[B, N-r, C]` in x's dtype; size' `[B, N-r]` float32; assignment `[B, N]` int64, the place of each token in
@@ -90,11 +102,11 @@ def fuse_tokens(
     Raises:
         ValueError: r out of range (it names the cap), an unknown strategy, or shapes and dtypes other than the above.
     """
-    return _fuse(x, metric, size, r, strategy, num_prefix, num_suffix, grid)
+    return _fuse(x, metric, size, r, strategy, num_prefix, num_suffix, grid, grouping)
 
 
 @fuse_tokens.register_fake
-def _(
+def _(  # noqa: PLR0913 - the arguments of the operator
     x: Tensor,
     metric: Tensor,
     size: Tensor,
@@ -103,14 +115,16 @@ def _(
     num_prefix: int,
     num_suffix: int,
     grid: Sequence[int] | None = None,
+    grouping: str = "bipartite",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_stream("fuse_tokens", x, size)
     check_metric("fuse_tokens", x, metric)
     check_strategy(strategy)
+    check_grouping(grouping)
     batch, tokens, features = x.shape
     # Asking about a symbolic size would pin it down; those calls are checked when they run.
     if all(isinstance(value, int) for value in (r, tokens, num_prefix, num_suffix)):
-        check_reduction("fuse_tokens", r, tokens, num_prefix, num_suffix, grid or ())
+        check_reduction("fuse_tokens", r, tokens, num_prefix, num_suffix, grid or (), grouping)
     left = tokens - r
     return (
         x.new_empty((batch, left, features)),
@@ -126,7 +140,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    return gradient(ctx, grad), *(None,) * 7
+    return gradient(ctx, grad), *(None,) * 8
 
 
 fuse_tokens.register_autograd(_backward, setup_context=_setup_context)

@@ -23,6 +23,9 @@ CANDIDATE_TILE = 8
 PARTNER_TILE = 32
 _FEATURE_TILE = 16
 
+#: how it is decided who merges: this module, and `ward`
+GROUPINGS = ("bipartite", "ward")
+
 
 class Reduction(NamedTuple):
     """The merges of a batch: K = B * r rows leave, B * M rows stay.
@@ -62,11 +65,17 @@ class Grid(NamedTuple):
         return self.frames * -(-self.height // self.cell) * -(-self.width // self.cell)
 
 
-def max_reduction(num_tokens: int, num_prefix: int = 0, num_suffix: int = 0, grid: Sequence[int] = ()) -> int:
-    """Return the largest r that `fuse_tokens` accepts: all free tokens but one in each cell; half without a grid."""
+def max_reduction(
+    num_tokens: int, num_prefix: int = 0, num_suffix: int = 0, grid: Sequence[int] = (), grouping: str = "bipartite"
+) -> int:
+    """Return the largest r that `fuse_tokens` accepts: all free tokens but one in each cell.
+
+    Without a grid it is half of them, with the grouping "ward" all but one.
+    """
     if grid:
         return Grid(*grid).tokens - Grid(*grid).cells
-    return max(num_tokens - num_prefix - num_suffix, 0) // 2
+    free = max(num_tokens - num_prefix - num_suffix, 0)
+    return max(free - 1, 0) if grouping == "ward" else free // 2
 
 
 def sides(free: int, grid: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -106,7 +115,7 @@ def _partners_of(grid: Grid, device: torch.device) -> Tensor:
 
 def padded_shape(tokens: int, features: int, tile: int = 2 * PARTNER_TILE) -> tuple[int, int]:
     """Round the shape `[tokens, features]` of a sample's unit rows up to whole tiles."""
-    return _round_up(tokens, tile), _round_up(features, _FEATURE_TILE)
+    return round_up(tokens, tile), round_up(features, _FEATURE_TILE)
 
 
 def unit_rows(metric: Tensor, tile: int = 2 * PARTNER_TILE) -> Tensor:
@@ -126,7 +135,7 @@ def unit_rows(metric: Tensor, tile: int = 2 * PARTNER_TILE) -> Tensor:
 
 def interleaved(rows: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
     """Return the candidates (even rows) and the partners (odd rows) of padded unit rows, both padded."""
-    return rows[:, : 2 * _round_up(candidates, CANDIDATE_TILE) : 2], rows[:, 1::2]
+    return rows[:, : 2 * round_up(candidates, CANDIDATE_TILE) : 2], rows[:, 1::2]
 
 
 def similarity(candidates: Tensor, partners: Tensor) -> Tensor:
@@ -153,7 +162,7 @@ def match(metric: Tensor, r: int, num_prefix: int, num_suffix: int, grid: tuple[
     most similar partner (ties: the first one); the r candidates with the highest similarity are the sources (ties: the
     first ones).
     """
-    batch, tokens, _ = metric.shape
+    tokens = metric.shape[1]
     free = tokens - num_prefix - num_suffix
     candidates, partners = sides(free, grid, metric.device)
     inside = metric[:, num_prefix : num_prefix + free]
@@ -161,15 +170,29 @@ def match(metric: Tensor, r: int, num_prefix: int, num_suffix: int, grid: tuple[
         pair = unit_rows(inside[:, candidates], CANDIDATE_TILE), unit_rows(inside[:, partners], PARTNER_TILE)
     else:
         pair = interleaved(unit_rows(inside), candidates.shape[0])
-    score = similarity(*pair)
-    height = score.shape[1]
+    return choose(similarity(*pair), r, tokens, num_prefix, candidates, partners)
+
+
+def choose(score: Tensor, r: int, tokens: int, num_prefix: int, candidates: Tensor, partners: Tensor) -> Reduction:
+    """Take the r candidates of each sample that have the highest score with a partner.
+
+    Args:
+        score: `[B, c', p']` float32, at its start the candidates by the partners; it is written to. p' is a multiple of
+            PARTNER_TILE.
+        r: how many.
+        tokens: N, of which the first num_prefix are not free.
+        num_prefix: see there.
+        candidates: `[c]`, their places among the free tokens, ascending.
+        partners: `[p]`, likewise.
+    """
+    batch, height, device = score.shape[0], score.shape[1], score.device
     score[:, :, partners.shape[0] :] = -torch.inf
     # A maximum with its place is scalar code on CPU. So find plain maxima of blocks first, and look for places only in
     # the r winning blocks. The first best block, and the first best inside it, are the first best of all.
     blocks = score.view(batch, height, -1, PARTNER_TILE).amax(dim=-1)
     ranked = torch.sort(blocks.amax(dim=-1)[:, : candidates.shape[0]], dim=-1, descending=True, stable=True).indices
     chosen = ranked[:, :r].sort(dim=-1).values
-    sample = torch.arange(batch, device=metric.device).unsqueeze(1)
+    sample = torch.arange(batch, device=device).unsqueeze(1)
     winner = (chosen + sample * height).flatten()
     block = blocks.view(-1, blocks.shape[2]).index_select(0, winner).argmax(dim=-1)
     inside = score.view(-1, PARTNER_TILE).index_select(0, winner * blocks.shape[2] + block).argmax(dim=-1)
@@ -178,7 +201,7 @@ def match(metric: Tensor, r: int, num_prefix: int, num_suffix: int, grid: tuple[
     destinations, order = torch.sort(partners[partner] + first, dim=-1, stable=True)
     sources = (candidates[chosen] + first).gather(1, order).flatten()
     destinations = destinations.flatten()
-    keep = torch.ones(batch * tokens, dtype=torch.bool, device=metric.device).index_fill_(0, sources, False)
+    keep = torch.ones(batch * tokens, dtype=torch.bool, device=device).index_fill_(0, sources, False)
     place = keep.cumsum(0).sub_(1)
     place.index_copy_(0, sources, place.index_select(0, destinations))
     return Reduction(sources, destinations, place, _true_places(keep, batch * (tokens - r)))
@@ -206,5 +229,6 @@ def _true_places(mask: Tensor, count: int) -> Tensor:
     return torch.nonzero_static(mask, size=count).squeeze(1)
 
 
-def _round_up(value: int, multiple: int) -> int:
+def round_up(value: int, multiple: int) -> int:
+    """The next multiple."""
     return -(-value // multiple) * multiple
