@@ -100,7 +100,7 @@ class _Writing:
         return advanced(
             Compilation,
             graph,
-            gm=graph_module(graph.gm, self.new),
+            gm=graph_module(graph.gm, self.new, self.rewriter.ctx.emit.constants),
             barriers=(*graph.barriers, *self.met),
             shared_kernels=inputs.shared,
             token_counts=tuple(own) if inputs.shared else (),

@@ -54,7 +54,7 @@ def test_plan_is_no_worse_than_the_schedules_that_it_is_compared_with(plan: tofu
 def test_schedules_that_it_is_compared_with_are_those_of_branches(plan: tofu_fx.Plan) -> None:
     """The best one that needs no calibration is the default: compared by hidden states, the same share everywhere."""
     assert plan.calibration is not None
-    assert {row.match for row in plan.sites if row.r} <= {"features", "keys", "heads", "queries_keys"}
+    assert {row.match for row in plan.sites if row.r} <= {"features", "keys", "heads", "queries_keys", "fisher"}
     assert "uniform mean" in plan.calibration.compared
 
 

@@ -227,6 +227,24 @@ def test_places_that_depend_on_the_tokens_themselves_leave_all_rows() -> None:
         assert same_bits(compiled(model, r=0, unread="drop")(tokens(), words), model(tokens(), words))
 
 
+def test_places_and_tokens_from_one_view_of_an_input() -> None:
+    # CLIP's: the view stands ahead of everything, and the places, which are computed from it, are wanted early.
+    class Words(Ending):
+        def __init__(self) -> None:
+            super().__init__(lambda x: x, causal=True)
+            self.words = nn.Embedding(99, WIDTH)
+
+        def forward(self, words: Tensor) -> Tensor:  # type: ignore[override]
+            words = words.view(-1, N)
+            return super().forward(self.words(words), words)
+
+    model = randomise(Words()).eval()
+    words = torch.randint(0, 99, (3, N), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        assert tofu_fx.explain(model, words, options={"r": 0}).unread
+        assert relative_error(compiled(model, r=0, unread="drop")(words), model(words)) < ROUNDING
+
+
 def test_places_counted_from_the_end() -> None:
     class Counted(Ending):
         @staticmethod

@@ -24,7 +24,7 @@ from tofu_fx.calibration.survey import Survey
 from tofu_fx.calibration.target import Target
 from tofu_fx.calibration.timing import call_with, compile_variant, device_name, room_for_variants, time_calls
 from tofu_fx.calibration.trial import Trial
-from tofu_fx.calibration.uniform import rows_of
+from tofu_fx.calibration.uniform import plan_of, rows_of, with_matrices
 from tofu_fx.errors import CalibrationError, TofuWarning
 from tofu_fx.plan.options import Options
 from tofu_fx.plan.plan import Plan
@@ -101,6 +101,7 @@ def calibrate(  # noqa: PLR0913 - a user names each of them
     with Trial(model, _placing(options)) as trial, Progress(progress) as bar:
         survey = Survey(trial, batches, bar, random.Random(seed), metric)
         survey.run_plain()
+        survey.measure_information(seed)
         _announce(survey, target)
         survey.measure_sites()
         decider = Decider(
@@ -113,6 +114,7 @@ def calibrate(  # noqa: PLR0913 - a user names each of them
         )
         decision = decider.decide()
         rows = _rows(decider, decision)
+        bare = with_matrices(trial, Plan(model=_name_of(model), sites=rows))
     calibration = Calibration(
         target=target.kind,
         value=None if target.kind == "none" else target.value,
@@ -130,7 +132,7 @@ def calibrate(  # noqa: PLR0913 - a user names each of them
         compared=decider.compared,
         notes=decider.notes,
     )
-    return Plan(model=_name_of(model), calibration=calibration, sites=rows)
+    return bare.model_copy(update={"calibration": calibration})
 
 
 def _placing(options: Mapping[str, Any] | None) -> Options:
@@ -160,7 +162,7 @@ def _speed(survey: Survey, choices: Choices, inner_backend: str) -> float:
     if not any(choice.r for choice in choices.values()) and not any(r.compilation.unread for r in trial.rehearsals):
         return 1.0
     survey.bar.phase(f"compiling with {inner_backend} and timing", 3)
-    ways = {"plain": None, "plan": {"plan": Plan(sites=rows_of(trial, choices)), "unread": trial.options.unread}}
+    ways = {"plain": None, "plan": {"plan": plan_of(trial, choices), "unread": trial.options.unread}}
     with trial.set_aside(), room_for_variants():
         calls = {}
         for name, options in ways.items():

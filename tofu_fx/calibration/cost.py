@@ -20,6 +20,7 @@ import torch
 from tofu_fx.calibration.rehearsal import Choices, Rehearsal
 from tofu_fx.calibration.sensitivity import free_tokens
 from tofu_fx.plan.flops import matching_flops, node_bytes, node_flops
+from tofu_fx.plan.words import grouping_of
 
 #: token counts after a site, or one of them
 Counts = numpy.ndarray[Any, Any]
@@ -142,7 +143,12 @@ class CostModel:
     def _matching(self, place: int, match: str, arriving: int) -> float:
         entry = self.rehearsal.sites[place]
         batch, _, features = entry.metrics[match].meta["val"].shape
-        return float(matching_flops(batch, free_tokens(entry.site, arriving), features, entry.site.cells))
+        projected = 0
+        if match == "fisher":
+            columns, width = self.rehearsal.columns(entry), entry.fuse.args[0].meta["val"].shape[2]  # type: ignore[union-attr]
+            features, projected = columns + entry.site.padding, 2 * batch * arriving * width * columns
+        free = free_tokens(entry.site, arriving)
+        return float(projected + matching_flops(batch, free, features, entry.site.cells, grouping_of(match)))
 
 
 def count_operations(rehearsals: Sequence[Rehearsal], beside: int) -> list[CostModel]:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from tofu_fx.calibration.batches import device_of
 from tofu_fx.calibration.cost import CostModel
+from tofu_fx.calibration.fisher import COLUMNS
 from tofu_fx.calibration.kinds import best_kind, by_linearity, curves_of
 from tofu_fx.calibration.rehearsal import Choice, Choices
 from tofu_fx.calibration.sensitivity import Kind, Predictor, first_kind, kinds
@@ -190,10 +191,10 @@ class Decider:
         """The best plan found within a cost; None where there is none. Others are measured beside it."""
         tuner, metric = self.tuner, self.survey.metric
         self.survey.bar.phase("plans", PASSES)
-        if tuner.within_cost(budget) is None:
-            return None
         if self.threshold is None:
             self._choose_kinds(budget)
+        if tuner.within_cost(budget) is None:
+            return None
         first = tuner.within_cost(budget)
         if first is not None:
             tuner.measure(first)
@@ -246,6 +247,20 @@ class Decider:
         self.chosen_by = "linearity" if linearity else "sensitivity"
         tuner.kinds = thresholds[linear_place][0] if linearity else ways[place]
         tuner.predictor = replace(tuner.predictor, curves=curves_of(survey, tuner.kinds))
+        if any(match == "fisher" for _, match in tuner.kinds.values()):
+            self._choose_columns(budget)
+
+    def _choose_columns(self, budget: float) -> None:
+        """Give the matrices of "fisher" the number of columns with which the best plan has the least error."""
+        survey = self.survey
+        losses = {}
+        for columns in COLUMNS:
+            survey.trial.project({name: matrix[:, :columns] for name, matrix in survey.information.items()})
+            losses[columns] = self._loss_of(self.tuner.kinds, budget)
+        best = min(losses, key=lambda columns: losses[columns])
+        survey.trial.project({name: matrix[:, :best] for name, matrix in survey.information.items()})
+        told = ", ".join(f"{survey.metric.error(loss):.4g} with {columns}" for columns, loss in losses.items())
+        self.notes.append(f"columns of the matrices by which tokens are compared: {best} (error {told})")
 
     def _loss_of(self, way: dict[str, Kind], budget: float) -> float:
         """The loss of the plan that is the best with these kinds, on the samples of the survey."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, get_args
@@ -12,7 +12,7 @@ from torch.fx import Node
 from tofu_fx.axes.atoms import Barrier
 from tofu_fx.axes.tracer import AxisTracer, BarrierRecord
 from tofu_fx.plan.sketch import folds
-from tofu_fx.plan.words import Match
+from tofu_fx.plan.words import PlanMatch
 from tofu_fx.rewrite.context import RewriteContext
 from tofu_fx.rewrite.layout import Emitter
 from tofu_fx.rewrite.reducer import Reducer, Step
@@ -31,8 +31,10 @@ class Rehearsed:
 
     site: Planned
     fuse: Node
-    metrics: Mapping[str, Node]
+    metrics: dict[str, Node]
     branch: Node | None = None
+    #: the name of the constant that stands for the matrix of "fisher"
+    projection: str | None = None
 
     @property
     def merged(self) -> Node:
@@ -59,13 +61,16 @@ class Recorder(Reducer):
     def fuse(self, emit: Emitter, step: Step) -> Node:
         """Append the operator, and ahead of it whatever else it could compare tokens by."""
         site, metrics = step.site, {step.site.match: step.match}
-        for kind in get_args(Match):
+        known, projection = set(emit.constants), None
+        for kind in get_args(PlanMatch):
             # On a stream, which has few tokens, matching is a small part of the time: nothing to sketch for.
             if kind != site.match and (kind != "sketch" or (site.placement == "branch" and folds(site.width) > 1)):
                 with suppress(Barrier):
                     metrics[kind] = step.other(kind)
+        for name in emit.constants.keys() - known:
+            projection = name
         fuse = super().fuse(emit, step)
-        self.rehearsed.append(Rehearsed(site, fuse, metrics))
+        self.rehearsed.append(Rehearsed(site, fuse, metrics, projection=projection))
         return fuse
 
     def finish(self, context: RewriteContext, barriers: Sequence[BarrierRecord]) -> None:

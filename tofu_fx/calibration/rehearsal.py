@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -28,6 +28,7 @@ from tofu_fx.fx.autocast import Autocasts, is_region
 from tofu_fx.pipeline import run_passes, without
 from tofu_fx.plan.counts import Passage, walk
 from tofu_fx.plan.options import Options
+from tofu_fx.plan.words import RANK, grouping_of
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,22 @@ class Rehearsal:
 
     compilation: Compilation
     sites: Sequence[Rehearsed]
+    #: matrices by which tokens are projected, by the names of the constants that stand for them in the graph
+    projections: dict[str, Tensor] = field(default_factory=dict)
+
+    def project(self, matrices: Mapping[str, Tensor]) -> None:
+        """Compare tokens by these matrices ``[C, k]``, by the site's id; sites without one lose "fisher"."""
+        for entry in self.sites:
+            if entry.site.id not in matrices or entry.projection is None:
+                entry.metrics.pop("fisher", None)
+                continue
+            value = entry.fuse.args[0].meta["val"]  # type: ignore[union-attr]
+            # Rounded as a plan has them.
+            self.projections[entry.projection] = matrices[entry.site.id].half().to(value.device, value.dtype)
+
+    def columns(self, entry: Rehearsed) -> int:
+        """Of how many numbers the projection of a token has, by the matrix of its site."""
+        return int(self.projections[entry.projection].shape[1]) if entry.projection in self.projections else RANK
 
     @classmethod
     def of(cls, gm: GraphModule, inputs: Sequence[Any], options: Options) -> Rehearsal:
@@ -105,7 +122,12 @@ class Rehearsal:
         return [node for node in self.gm.graph.nodes if node in reached]
 
     def run(
-        self, inputs: Sequence[Any], choices: Choices, start: Snapshot | None = None, keep: Sequence[Node] = ()
+        self,
+        inputs: Sequence[Any],
+        choices: Choices,
+        start: Snapshot | None = None,
+        keep: Sequence[Node] = (),
+        tokens: dict[str, Tensor] | None = None,
     ) -> tuple[Any, dict[Node, Any]]:
         """Run the graph.
 
@@ -114,11 +136,12 @@ class Rehearsal:
             choices: what is done at each site.
             start: values of the untouched run ahead of some site; nothing may be done at the sites ahead of it.
             keep: further nodes whose values are wanted, instead of the outputs.
+            tokens: gets for each site a tensor of zeros that wants a gradient and was added to the tokens behind it.
 
         Returns:
             The outputs as the traced graph gives them (None with ``keep``), and the values of ``keep``.
         """
-        run = _Run(self, choices, inputs, start)
+        run = _Run(self, choices, inputs, start, tokens)
         if keep:
             run.compute(keep)
             return None, {node: run.env[node] for node in keep}
@@ -155,9 +178,14 @@ class _Run:
     """One interpretation of a rehearsal's graph."""
 
     def __init__(
-        self, rehearsal: Rehearsal, choices: Choices, inputs: Sequence[Any], start: Snapshot | None = None
+        self,
+        rehearsal: Rehearsal,
+        choices: Choices,
+        inputs: Sequence[Any],
+        start: Snapshot | None = None,
+        tokens: dict[str, Tensor] | None = None,
     ) -> None:
-        self.rehearsal, self.choices = rehearsal, choices
+        self.rehearsal, self.choices, self.tokens = rehearsal, choices, tokens
         self.entries = {entry.fuse: entry for entry in rehearsal.sites}
         self.output = rehearsal.gm.graph.output_node()
         self.env: dict[Node, Any] = dict(start.values) if start else {}
@@ -209,7 +237,8 @@ class _Run:
         if node.op == "output":
             return map_arg(node.args[0], self.env.__getitem__)
         if node.op == "get_attr":
-            return operator.attrgetter(str(node.target))(self.rehearsal.gm)
+            given = self.rehearsal.projections.get(str(node.target))
+            return operator.attrgetter(str(node.target))(self.rehearsal.gm) if given is None else given
         if node in self.entries:
             return self._fuse(node)
         if is_region(node):
@@ -224,7 +253,12 @@ class _Run:
         if choice.r == 0:  # untouched, without the operator's copies
             x, size = (self.env[value] for value in self._inputs(node))
             place = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+            if self.tokens is not None:
+                zeros = torch.zeros_like(x, requires_grad=True)
+                self.tokens[self.entries[node].site.id] = zeros
+                x = x + zeros
             return x, size, place, place
         x, metric, size = (self.env[value] for value in self._inputs(node))
         fused: Callable[..., tuple[Tensor, ...]] = node.target  # type: ignore[assignment]
-        return fused(x, metric, size, choice.r, choice.strategy, *node.args[5:])
+        ends, cells = node.args[5:7], node.args[7] if len(node.args) > 7 else None
+        return fused(x, metric, size, choice.r, choice.strategy, *ends, cells, grouping_of(choice.match))

@@ -32,6 +32,8 @@ def kinds(entry: Rehearsed) -> list[Kind]:
     """The kinds of reduction that are candidates at a site: `first_kind`, other ways to merge, and prune at the end."""
     merge, match = first_kind(entry.site)
     other = [("mlerp", match)] if merge != "mlerp" else []
+    # A group's mean is what has the least of Ward's cost, but not the norm of its members.
+    other += [(way, "fisher") for way in ("mlerp", "mean", "prune") if way != merge and "fisher" in entry.metrics]
     return [(merge, match), *((merge, kind) for kind in entry.metrics if kind != match), *other, ("prune", match)]
 
 

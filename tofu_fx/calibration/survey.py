@@ -13,6 +13,7 @@ import torch
 
 from tofu_fx.calibration.batches import Batch, device_of
 from tofu_fx.calibration.cost import CostModel, count_operations, fit_weights
+from tofu_fx.calibration.fisher import COLUMNS, SAMPLES, measure_information
 from tofu_fx.calibration.linearity import site_linearity, spread
 from tofu_fx.calibration.output_error import METRICS, OutputError, choose_metric
 from tofu_fx.calibration.progress import Progress
@@ -22,6 +23,7 @@ from tofu_fx.calibration.timing import time_calls
 from tofu_fx.calibration.trial import Trial
 from tofu_fx.errors import CalibrationError
 from tofu_fx.plan.records import Spread
+from tofu_fx.plan.words import RANK
 
 #: of the inputs, about as many are used to measure single sites; whole plans are measured on all
 SITE_SAMPLES = 16
@@ -44,6 +46,9 @@ class Survey:
     sensitivity: dict[str, Sensitivity] = field(default_factory=dict)
     #: site id -> linearity between samples, and between the tokens that would be merged
     linearity: dict[str, tuple[Spread | None, Spread | None]] = field(default_factory=dict)
+    #: site id -> the matrix of "fisher" with all its columns, and why others have none
+    information: dict[str, torch.Tensor] = field(default_factory=dict)
+    without_information: dict[str, str] = field(default_factory=dict)
     passes: float = 0.0
 
     def run_plain(self) -> None:
@@ -101,6 +106,19 @@ class Survey:
         """A site's linearity: between samples where there are several, else between tokens."""
         between, pairs = self.linearity[name]
         return between or pairs
+
+    def measure_information(self, seed: int) -> None:
+        """What the outputs feel of the tokens behind each site; from then on "fisher" is a choice, where it can be."""
+        parts = sum(-(-batch.samples // SAMPLES) for batch in self.batches)
+        self.bar.phase("gradients", parts)
+        found = measure_information(self.trial, self.batches, self.metric.name == "kl", seed, self.bar.advance)
+        self.information = found.matrices(max(COLUMNS))
+        self.without_information = found.refusals
+        self.trial.project({name: matrix[:, :RANK] for name, matrix in self.information.items()})
+        for reason in dict.fromkeys(found.refusals.values()):
+            names = [name for name, why in found.refusals.items() if why == reason]
+            where = f"{names[0]}" if len(names) == 1 else f"{len(names)} sites"
+            self.bar.say(f"tokens are not compared by 'fisher' at {where}: {reason}")
 
     # ---- sites -------------------------------------------------------------------------------------------------------
 

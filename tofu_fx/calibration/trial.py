@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, GraphModule
 
 from tofu_fx.calibration.batches import Batch
@@ -55,10 +56,15 @@ class Trial(AbstractContextManager["Trial"]):
     last_graph: Graph | None = None
     #: operations of one call in the graphs that have no site
     beside: int = 0
+    #: site id -> the matrix of "fisher", ``[C, k]``; None before they are measured
+    matrices: Mapping[str, Tensor] | None = None
+    #: all that was traced, of other batch sizes, too
+    _traced: list[Rehearsal] = field(default_factory=list)
     _record: list[Recorded] = field(default_factory=list)
     _recorded: Batch | None = None
     _recording: bool = False
     _choices: Choices | None = None
+    _tokens: dict[str, Tensor] | None = None
     _calls: int = 0
     _ran: bool = False
 
@@ -158,6 +164,26 @@ class Trial(AbstractContextManager["Trial"]):
         self._choices = choices
         return self._run(batch)
 
+    def differentiable(self, batch: Batch) -> tuple[Any, dict[str, Tensor]]:
+        """The outputs of a run that reduces nothing, and zeros ``[B, N, C]`` added to the tokens behind each site.
+
+        What gradient these have is that of the tokens.
+
+        Parameters keep no gradients, and nothing else is left of the run.
+        """
+        self.forget()
+        self._choices, self._tokens = {}, {}
+        try:
+            return self._run(batch), self._tokens
+        finally:
+            self._tokens = None
+
+    def project(self, matrices: Mapping[str, Tensor]) -> None:
+        """Compare tokens by these matrices where "fisher" is chosen; at sites without one it is no choice."""
+        self.matrices = matrices
+        for rehearsal in self._traced:
+            rehearsal.project(matrices)
+
     def forget(self) -> None:
         """Let go of what was recorded."""
         self._record, self._recorded = [], None
@@ -207,6 +233,9 @@ class Trial(AbstractContextManager["Trial"]):
             return gm.forward
         except PassError as error:
             raise CalibrationError(f"the model cannot be calibrated, because a pass failed on it: {error}") from error
+        if self.matrices is not None:
+            rehearsal.project(self.matrices)
+        self._traced.append(rehearsal)
         compilation = rehearsal.compilation
         self.last_graph = compilation.before.graph if compilation.before is not None else gm.graph
         self._decline(compilation.sites)
@@ -249,6 +278,9 @@ class Trial(AbstractContextManager["Trial"]):
             outputs, snapshots = rehearsal.snapshots(args) if resumable else (rehearsal.run(args, {})[0], ())
             self._record.append(Recorded(rehearsal, args, outputs, snapshots))
             return outputs
+        if self._tokens is not None:
+            with torch.enable_grad():
+                return rehearsal.run(args, {}, tokens=self._tokens)[0]
         if number >= len(self._record):
             return rehearsal.run(args, self._choices)[0]
         first = next((i for i, call in enumerate(self._record) if self._touched(call) is not None), len(self._record))

@@ -52,7 +52,7 @@ def uniform_plans(model: Any, inputs: Any, flops: Sequence[float]) -> dict[tuple
             for name, kind_of in UNIFORM.items():
                 choices = uniform(trial, share, budget, kind_of)
                 if choices is not None:
-                    found[name, budget] = Plan(sites=rows_of(trial, choices))
+                    found[name, budget] = plan_of(trial, choices)
     return found
 
 
@@ -80,6 +80,19 @@ def rows_of(trial: Trial, choices: Choices) -> list[PlanRow]:
         update: dict[str, Any] = {"strategy": choice.strategy, "match": choice.match, "r": choice.r}
         rows.append(PlanRow.of(site, trial.graph_of[site.id]).model_copy(update=update))
     return rows
+
+
+def plan_of(trial: Trial, choices: Choices) -> Plan:
+    """A plan that does what the choices say."""
+    return with_matrices(trial, Plan(sites=rows_of(trial, choices)))
+
+
+def with_matrices(trial: Trial, plan: Plan) -> Plan:
+    """The plan with the matrices that its rows need."""
+    if all(row.match != "fisher" for row in plan.sites):
+        return plan
+    matrices = trial.matrices or {}
+    return plan.with_matrices({(row.graph, row.id): matrices[row.id] for row in plan.sites if row.match == "fisher"})
 
 
 def _even(trial: Trial, each: float, kind_of: Callable[[int, int], Kind]) -> dict[str, Choice]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import operator
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from operator import attrgetter
 from typing import Any
 
 import networkx as nx
@@ -126,9 +127,18 @@ def copy_graph(graph: Graph) -> Graph:
     return new
 
 
-def graph_module(root: torch.nn.Module, graph: Graph) -> GraphModule:
-    """A graph module that writes its code when it is asked for it: most graphs between two passes never run."""
-    module: GraphModule = _LazyGraphModule(root, graph)
+def graph_module(
+    root: torch.nn.Module, graph: Graph, constants: Mapping[str, torch.Tensor] | None = None
+) -> GraphModule:
+    """A graph module that writes its code when it is asked for it: most graphs between two passes never run.
+
+    It holds what the root holds that the graph asks for, and the ``constants``, as buffers.
+    """
+    attributes: Any = root
+    if constants:
+        names = {str(node.target) for node in graph.find_nodes(op="get_attr")}
+        attributes = {name: constants[name] if name in constants else attrgetter(name)(root) for name in names}
+    module: GraphModule = _LazyGraphModule(attributes, graph)
     return module
 
 

@@ -2,6 +2,11 @@
 // The same results as matching.py and merging.py, which are the meaning of the operators; only the last bit of a norm
 // may differ, because its squares are added in another order. Plain C interface, no headers of PyTorch.
 
+// Inductor's flags for GCC leave loops as they are, its own being written with vectors.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("tree-loop-vectorize")
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -205,24 +210,26 @@ class Ward {
   bool alive(int64_t t) const { return link_[t] < 0; }
 
   void measure(const float* metric, int64_t stride, int64_t features) {
-    std::vector<float> columns(features * free_);
-    std::vector<bool> finite(free_, true);
-    for (int64_t t = 0; t < free_; ++t) {
+    const int64_t count = free_;
+    std::vector<float> columns(features * count), away(count);
+    for (int64_t t = 0; t < count; ++t) {
       const float* row = metric + t * stride;
-      for (int64_t f = 0; f < features; ++f) finite[t] = finite[t] && std::isfinite(row[f]);
-      for (int64_t f = 0; f < features; ++f) columns[f * free_ + t] = finite[t] ? row[f] : 0;
+      const bool finite = std::all_of(row, row + features, [](float value) { return std::isfinite(value); });
+      away[t] = finite ? 0 : kFar;
+      for (int64_t f = 0; f < features; ++f) columns[f * count + t] = finite ? row[f] : 0;
     }
-    for (int64_t i = 0; i < free_; ++i) {
-      float* out = squared_.data() + i * free_;
-      for (int64_t f = 0; f < features; ++f) {
-        const float* column = columns.data() + f * free_;
-        const float own = column[i];
-#pragma omp simd
-        for (int64_t j = i + 1; j < free_; ++j) out[j] += (column[j] - own) * (column[j] - own);
-      }
-      for (int64_t j = i + 1; j < free_; ++j) out[j] = finite[i] && finite[j] ? std::min(out[j], kFar) : kFar;
+    for (int64_t i = 0; i < count; ++i) {
+      float* out = squared_.data() + i * count;
+      for (int64_t f = 0; f < features; ++f) add_squares(columns.data() + f * count, i, count, out);
+      for (int64_t j = i + 1; j < count; ++j) out[j] = std::min(std::max({out[j], away[i], away[j]}), kFar);
     }
     mirror();
+  }
+
+  static void add_squares(const float* column, int64_t i, int64_t count, float* out) {
+    const float own = column[i];
+#pragma omp simd
+    for (int64_t j = i + 1; j < count; ++j) out[j] += (column[j] - own) * (column[j] - own);
   }
 
   void mirror() {
@@ -258,20 +265,24 @@ class Ward {
     for (int64_t t = 0; t < free_; ++t) hidden[t] = alive(t) ? 0 : kNever;
     for (int64_t t = 0; t < free_; ++t) {
       if (!alive(t)) continue;
-      const float* row = squared_.data() + t * free_;
       const int64_t stop = ahead ? t : free_;
-      const float own = size_[t];
-      float least = kNever;
-#pragma omp simd reduction(min : least)
-      for (int64_t j = 0; j < stop; ++j) {
-        float c = row[j] * (own * size_[j] / (own + size_[j])) + hidden[j];
-        c = j == t ? kNever : c;
-        cost[j] = c;
-        least = c < least ? c : least;
-      }
-      least_[t] = least;
-      nearest_[t] = least < kNever ? std::find(cost.begin(), cost.begin() + stop, least) - cost.begin() : t;
+      hidden[t] = kNever;
+      least_[t] = costs_of(squared_.data() + t * free_, size_[t], size_.data(), hidden.data(), stop, cost.data());
+      hidden[t] = 0;
+      nearest_[t] = least_[t] < kNever ? std::find(cost.begin(), cost.begin() + stop, least_[t]) - cost.begin() : t;
     }
+  }
+
+  // Ward's costs of one group with others, and the least of them.
+  static float costs_of(const float* squared, float own, const float* size, const float* hidden, int64_t count,
+                        float* cost) {
+    float least = kNever;
+#pragma omp simd reduction(min : least)
+    for (int64_t j = 0; j < count; ++j) {
+      cost[j] = squared[j] * (own * size[j] / (own + size[j])) + hidden[j];
+      least = cost[j] < least ? cost[j] : least;
+    }
+    return least;
   }
 
   // Whether r links are cheaper than any that may still come: what joins later costs more.
@@ -299,7 +310,8 @@ class Ward {
     for (const Pair& p : pairs) {
       float* ours = squared_.data() + p.keeps * free_;
       const float* theirs = squared_.data() + p.goes * free_;
-      for (int64_t k = 0; k < free_; ++k) ours[k] = between(ours[k], theirs[k], p);
+      const int64_t count = free_;
+      for (int64_t k = 0; k < count; ++k) ours[k] = between(ours[k], theirs[k], p);
     }
     for (int64_t t = 0; t < free_; ++t) {
       float* row = squared_.data() + t * free_;

@@ -52,18 +52,26 @@ def _einsum(node: Node, size: Size) -> Any:
     return 2 * math.prod(sizes.values())
 
 
-def matching_flops(batch: Any, free: Any, features: Any, cells: Sequence[int] = ()) -> Any:
-    """Operations of comparing the candidates with the partners among ``free`` tokens, of a grid of cells or not."""
+def matching_flops(
+    batch: Any, free: Any, features: Any, cells: Sequence[int] | None = None, grouping: str = "bipartite"
+) -> Any:
+    """Operations of comparing the candidates with the partners among ``free`` tokens, of a grid of cells or not.
+
+    By "ward" all pairs are compared, each by differences, squares and sums.
+    """
     if cells:
         partners = Grid(*cells).cells
-        return 2 * batch * (free - partners) * partners * features
+        return (3 if grouping == "ward" else 2) * batch * (free - partners) * partners * features
+    if grouping == "ward":
+        return 3 * batch * free * free * features // 2
     return batch * free * free * features // 2  # 2 x free / 2 x free / 2
 
 
 def _matching(node: Node, size: Size) -> Any:
     (batch, tokens, _), (*_, features) = _shape(node.args[0], size), _shape(node.args[1], size)
-    cells: Any = node.args[7] if len(node.args) > 7 else ()
-    return matching_flops(batch, tokens - node.args[5] - node.args[6], features, cells)
+    more = node.args[7:]
+    cells, grouping = more[0] if more else None, more[1] if len(more) > 1 else "bipartite"
+    return matching_flops(batch, tokens - node.args[5] - node.args[6], features, cells, grouping)  # type: ignore[arg-type]
 
 
 _COUNTS: dict[str, Callable[[Node, Size], Any]] = {

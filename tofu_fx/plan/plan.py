@@ -15,9 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
+from pydantic import PrivateAttr, ValidationError
 
 from tofu_fx.errors import PlanError
+from tofu_fx.plan import projections
+from tofu_fx.plan.projections import Projections
 from tofu_fx.plan.records import EXPECTED, VERSION, PlanRecord, PlanRow
 from tofu_fx.plan.table import draw_plan, plan_table
 from tofu_fx.wording import expectation, place, printable, refusal_of, shown
@@ -27,29 +29,51 @@ if TYPE_CHECKING:
 
 
 class Plan(PlanRecord):
-    """The decisions for one model, in the order of its sites, and how they were made."""
+    """The decisions for one model, in the order of its sites, and how they were made.
 
-    def model_post_init(self, _: Any) -> None:
+    ``matrices`` are those by which tokens are projected where a row says "fisher": ``(graph, id)`` -> ``[C, k]``.
+    """
+
+    _matrices: Projections = PrivateAttr(default_factory=dict)
+
+    @property
+    def matrices(self) -> Projections:
+        """For each site that has one, by the number of its graph and its id: the matrix ``[C, k]``, float16 on CPU."""
+        return self._matrices
+
+    def with_matrices(self, matrices: Projections) -> Plan:
+        """The same plan with these matrices.
+
+        Raises:
+            PlanError: a row of "fisher" has none, or one is not sound.
+        """
+        found = {key: value.detach().cpu().half() for key, value in matrices.items()}
+        projections.check(self.sites, found, "the plan")
+        plan = self.model_copy(update={"projections": projections.hash_of(found)})
+        plan._matrices = found  # noqa: SLF001 - a plan of this class
+        return plan
+
+    def __eq__(self, other: object) -> bool:
+        """Whether they say the same; of the matrices the hash is compared."""
+        return isinstance(other, Plan) and self.model_dump() == other.model_dump()
+
+    __hash__ = None  # type: ignore[assignment]  # its rows are lists
+
+    def model_post_init(self, context: Any) -> None:
         """Write the fingerprint of a plan that has none yet."""
+        super().model_post_init(context)
         if not self.fingerprint:
             object.__setattr__(self, "fingerprint", fingerprint(self.sites))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON; a file that stood there is replaced as a whole or not at all."""
-        target = Path(path)
+        """Write the plan as JSON and, if it has any, its matrices beside it, with the suffix ``.safetensors``.
+
+        A file that stood there is replaced as a whole or not at all.
+        """
         try:
-            with tempfile.NamedTemporaryFile(
-                "w", encoding="utf-8", dir=target.absolute().parent, prefix=f".{target.name}.", delete=False
-            ) as file:
-                try:
-                    file.write(self.to_json())
-                    file.close()
-                    os.chmod(file.name, 0o666 & ~_umask())
-                    os.replace(file.name, target)
-                except BaseException:
-                    file.close()
-                    Path(file.name).unlink(missing_ok=True)
-                    raise
+            if self.matrices:
+                _replace(projections.path_beside(path), projections.packed(self.matrices))
+            _replace(Path(path), self.to_json().encode())
         except OSError as error:
             raise PlanError(f"plan {os.fspath(path)!r} cannot be written: {error.strerror}") from None
 
@@ -66,9 +90,9 @@ class Plan(PlanRecord):
         """
         if isinstance(plan, Plan):
             return plan
-        where = "the plan"
+        where, path = "the plan", None
         if isinstance(plan, (str, os.PathLike)):
-            where = f"plan {os.fspath(plan)!r}"
+            where, path = f"plan {os.fspath(plan)!r}", plan
             plan = _read_json(plan, where)
         if isinstance(plan, dict) and plan.get("version", VERSION) != VERSION:
             raise PlanError(
@@ -84,6 +108,13 @@ class Plan(PlanRecord):
                 f"{where}: its sites are not those that it was made for: of a row only 'strategy', 'match' and 'r' "
                 "may be edited"
             )
+        if read.projections is not None and path is None:
+            raise PlanError(
+                f"{where}: a dict holds no matrices, which its 'projections' asks for; give the plan's path"
+            )
+        if path is not None and read.projections is not None:
+            read._matrices = projections.read(path, read.projections)  # noqa: SLF001 - a plan of this class
+        projections.check(read.sites, read.matrices, where)
         return read
 
     def table(self) -> Table:
@@ -133,6 +164,19 @@ def _explain(error: Any) -> str:
     if kind == "extra_forbidden":
         return f"{place(loc)}: unknown key; leave it out, or mind the spelling"
     return f"{place(loc)}: expected {expectation(error, EXPECTED)}, got {shown(error['input'])}"
+
+
+def _replace(target: Path, content: bytes) -> None:
+    with tempfile.NamedTemporaryFile(dir=target.absolute().parent, prefix=f".{target.name}.", delete=False) as file:
+        try:
+            file.write(content)
+            file.close()
+            os.chmod(file.name, 0o666 & ~_umask())
+            os.replace(file.name, target)
+        except BaseException:
+            file.close()
+            Path(file.name).unlink(missing_ok=True)
+            raise
 
 
 def _umask() -> int:

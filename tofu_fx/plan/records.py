@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from tofu_fx.plan.words import MOST, MOST_SIDE, BranchKind, Match
+from tofu_fx.plan.words import MOST, MOST_SIDE, BranchKind, PlanMatch
 from tofu_fx.sites.site import Planned
 
 VERSION: Literal[2] = 2
@@ -20,12 +20,13 @@ EXPECTED: dict[str, str] = {
     "heads": f"a whole number from 1 to {MOST}",
     "dim": f"a whole number from 1 to {MOST}",
     "strategy": "'prune', 'mean' or 'mlerp'",
-    "match": "'keys', 'heads', 'queries_keys', 'features' or 'sketch'",
+    "match": "'keys', 'heads', 'queries_keys', 'features', 'sketch' or 'fisher'",
     "r": f"a whole number from 0 to {MOST}, the tokens that go",
     "placement": "'stream' or 'branch'",
     "branches": "a list of 'attention', 'mlp' and 'cross'",
     "cell": f"a whole number from 2 to {MOST_SIDE}, the side of a cell in tokens",
     "grid": f"height and width of the image in tokens, as two ints from 1 to {MOST_SIDE}",
+    "projections": "the hash of the matrices beside the plan, a text",
     "sites": "a list of rows",
 }
 Count = Annotated[int, Field(ge=1, le=MOST)]
@@ -63,7 +64,7 @@ class PlanRow(_Record):
     heads: Count
     dim: Count
     strategy: Literal["prune", "mean", "mlerp"]
-    match: Match = "keys"
+    match: PlanMatch = "keys"
     r: int = Field(ge=0, le=MOST)
     placement: Literal["stream", "branch"] = "stream"
     branches: list[BranchKind] = Field(default_factory=list)
@@ -139,4 +140,6 @@ class PlanRecord(_Record):
     model: str | None = None
     fingerprint: str = ""
     calibration: Calibration | None = None
+    #: the hash of the file of matrices that stands beside the plan; None where no row needs any
+    projections: str | None = None
     sites: list[PlanRow]

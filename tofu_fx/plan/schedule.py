@@ -6,11 +6,16 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import torch
+
 from tofu_fx.errors import OptionError
 from tofu_fx.fx.stages import advanced
+from tofu_fx.plan import projections
 from tofu_fx.plan.counts import Passage, streams, walk
 from tofu_fx.plan.fit import rows_for
 from tofu_fx.plan.options import Options
+from tofu_fx.plan.plan import Plan
+from tofu_fx.plan.records import PlanRow
 from tofu_fx.plan.sketch import folds
 from tofu_fx.sites.site import Placed, Planned
 
@@ -48,10 +53,23 @@ def schedule(sites: Sequence[Placed], options: Options, unread: Mapping[str, int
         decisions = [(row.strategy, row.match, row.r) for row in rows]
     else:
         decisions, notes = _from_options(whole, _without(options, unread or {}, len(whole))), []
+    if options.plan is not None:
+        matrices = _matrices(options.plan, rows)
+        whole = [replace(site, projection=matrix) for site, matrix in zip(whole, matrices, strict=True)]
     whole[:1] = [replace(site, notes=(*site.notes, *notes)) for site in whole[:1]]
     decided = {site.id: decision for site, decision in zip(whole, decisions, strict=True)}
     counted = walk(whole, lambda site, count: min(decided[site.id][2], site.cap(count)))
     return [_planned(site, decided[site.id], passage) for site, passage in counted]
+
+
+def _matrices(plan: Plan, rows: Sequence[PlanRow]) -> list[torch.Tensor | None]:
+    """The matrix of each row that needs one.
+
+    Raises:
+        PlanError: it has none.
+    """
+    projections.check(rows, plan.matrices, "the plan")
+    return [plan.matrices[row.graph, row.id] if row.match == "fisher" else None for row in rows]
 
 
 def _without(options: Options, unread: Mapping[str, int], sites: int) -> Options:

@@ -20,6 +20,8 @@ from tofu_fx.axes.atoms import Atom, Axes, Barrier, Dim
 from tofu_fx.fx.fakes import compute
 
 aten = torch.ops.aten
+#: how the tensors are called that the compiler gives to a graph
+CONSTANT = "tofu_constant_"
 
 #: a number of tokens: known, or the node that has it where one kernel is to serve several numbers
 Count = int | Node
@@ -34,6 +36,8 @@ class Emitter:
 
     graph: Graph
     origin: Node | None = None
+    #: tensors that the graph holds itself, by their names
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
     _memo: dict[Any, Node] = field(default_factory=dict)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Any:
@@ -43,6 +47,15 @@ class Emitter:
             return value
         node = self.graph.call_function(target, args, kwargs)
         node.meta["val"] = value
+        self._stamp(node)
+        return node
+
+    def constant(self, value: torch.Tensor) -> Node:
+        """Append a tensor that the graph holds itself."""
+        name = f"{CONSTANT}{len(self.constants)}"
+        self.constants[name] = value
+        node = self.graph.get_attr(name)
+        node.meta["val"] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
         self._stamp(node)
         return node
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import Node
@@ -22,8 +22,8 @@ class Step:
 
     ``gone`` of the tokens of ``x`` ``[B, N, C]`` go, compared by ``match`` ``[B, N, M]``; ``run`` are the stream's
     tokens, of which some are protected, ``size`` ``[B, N]`` is how many original tokens each stands for, and ``seed``
-    is another number for each step of the graph. ``other`` appends what tokens could be compared by instead, from its
-    name; it raises Barrier where it cannot.
+    is another number for each step of the graph; ``grouping`` is that of ``tofu::fuse_tokens``. ``other`` appends what
+    tokens could be compared by instead, from its name; it raises Barrier where it cannot.
     """
 
     site: Planned
@@ -33,6 +33,7 @@ class Step:
     size: Node
     gone: Count
     seed: int
+    grouping: str
     other: Callable[[str], Node]
 
 
@@ -50,9 +51,10 @@ class Reducer:
 
     def fuse(self, emit: Emitter, step: Step) -> Node:
         """Append the operator of a step."""
-        grid, ends = [list(step.site.cells)] if step.site.cells else [], (step.run.prefix, step.run.suffix)
+        cells, ends = list(step.site.cells) or None, (step.run.prefix, step.run.suffix)
         target, strategy = torch.ops.tofu.fuse_tokens.default, step.site.strategy
-        new: Node = emit.call(target, step.x, step.match, step.size, step.gone, strategy, *ends, *grid)
+        more: list[Any] = [cells, step.grouping] if step.grouping != "bipartite" else [cells] if cells else []
+        new: Node = emit.call(target, step.x, step.match, step.size, step.gone, strategy, *ends, *more)
         return new
 
     def strategy(self, site: Planned) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch.fx import Node
 
 from tofu_fx.axes.atoms import Barrier, token_atoms
+from tofu_fx.plan.words import grouping_of
 from tofu_fx.rewrite.layout import Count, Layout
 from tofu_fx.rewrite.reducer import Reducer, Step
 from tofu_fx.rewrite.rewriter import Rewriter
@@ -73,10 +74,11 @@ class Reductions:
         # What keys there are belong to the attention; other branches compare what goes into them.
         own = node is site.reduce_at or site.match in ("features", "sketch")
         similarity = Similarity(context, site, stream, version, x)
-        match = similarity.node(site.match if own else "features")
+        kind = site.match if own else "features"
+        match, grouping = similarity.node(kind), grouping_of(kind)
 
         def write(size: Node, gone: Count) -> Node:
-            return self.reducer.fuse(emit, Step(site, run, x, match, size, gone, seed, similarity.node))
+            return self.reducer.fuse(emit, Step(site, run, x, match, size, gone, seed, grouping, similarity.node))
 
         additive = node in self.rewriter.chain
         return stream.reduce(emit, x, write, self.reducer.strategy(site), count, additive)

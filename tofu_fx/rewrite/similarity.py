@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 
 from tofu_fx.axes.atoms import Atom, Axes, Barrier, Dim, token_atoms
 from tofu_fx.axes.tracer import AxisTracer
+from tofu_fx.errors import PlanError
 from tofu_fx.fx.nodes import is_op, tensor_inputs
 from tofu_fx.plan.sketch import folds
+from tofu_fx.plan.words import RANK
 from tofu_fx.rewrite.companions import is_one, scores_dims
 from tofu_fx.rewrite.context import RewriteContext
 from tofu_fx.rewrite.layout import Layout, aten, shape_of
@@ -52,9 +55,12 @@ class Similarity:
         Args:
             kind: "keys" (averaged over the heads: the paper's), "heads" (the keys of all heads side by side),
                 "queries_keys" (the queries of all heads besides), "features" (the tokens of the stream, each less
-                the mean of its channels, as a layer norm without weights), or "sketch" (the features, folded).
+                the mean of its channels, as a layer norm without weights), "sketch" (the features, folded), or
+                "fisher" (the tokens of the stream, projected by the site's own matrix).
         """
         attention = self.site.attention
+        if kind == "fisher":
+            return self._apart(self._projected(), distance=True)
         if kind in ("features", "sketch"):
             return self._apart(self._folded(self._features()) if kind == "sketch" else self._features())
         emit, stream = self.context.emit, self.stream
@@ -68,6 +74,21 @@ class Similarity:
 
     def _features(self) -> Node:
         return self.context.emit.call(aten.layer_norm.default, self.x, [self.x.meta["val"].shape[2]])
+
+    def _projected(self) -> Node:
+        emit, value = self.context.emit, self.x.meta["val"]
+        matrix, features = self.site.projection, value.shape[2]
+        if matrix is None:  # calibration puts its own in their places
+            with unset_fake_temporarily():
+                matrix = torch.zeros(features, min(RANK, features))
+        if matrix.shape[0] != features:
+            raise PlanError(
+                f"the plan is of another model: at {self.site.id} its projection is for tokens of {matrix.shape[0]} "
+                f"features, the graph's have {features}"
+            )
+        with unset_fake_temporarily():
+            constant = matrix.to(value.device, value.dtype)
+        return emit.call(aten.matmul.default, self.x, emit.constant(constant))
 
     def _folded(self, node: Node) -> Node:
         """Runs of neighbouring channels summed with alternating signs: `folds` says how many each, 1 leaves them alone.
@@ -85,13 +106,13 @@ class Similarity:
         )
         return emit.call(aten.sub.Tensor, even, odd)
 
-    def _apart(self, node: Node) -> Node:
+    def _apart(self, node: Node, distance: bool = False) -> Node:
         """Vectors of the stream's tokens with padding, if there may be any, kept apart from the rest."""
         if not self.site.padding:
             return node
         emit = self.context.emit
         valid = self.stream.trim(emit, self._valid(), self._keys_run())
-        return emit.call(torch.ops.tofu.separate.default, node, valid)
+        return emit.call(torch.ops.tofu.separate.default, node, valid, *([True] if distance else []))
 
     def _keys_run(self) -> Atom:
         """The run of tokens that the keys are of: the stream's, where they were made before the stream starts."""

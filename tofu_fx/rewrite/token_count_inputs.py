@@ -24,7 +24,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from tofu_fx.errors import Unsupported
-from tofu_fx.rewrite.layout import Count
+from tofu_fx.rewrite.layout import CONSTANT, Count
 from tofu_fx.sites.site import Planned
 
 _COUNT = "tokens_"
@@ -98,7 +98,9 @@ def _can_share(node: Node, on_any_device: bool) -> bool:
 
 def carry_over(old: GraphModule, new: GraphModule) -> None:
     """Dynamo's notes on the graph as a whole: AOTAutograd reads them to find static inputs."""
-    if not dict(new.named_parameters()) and not dict(new.named_buffers()):
+    held = [name for name, _ in (*new.named_parameters(), *new.named_buffers())]
+    if all(name.startswith(CONSTANT) for name in held):
         new.meta.update(old.meta)
         if hasattr(old, "_param_name_to_source"):
-            new._param_name_to_source = old._param_name_to_source
+            sources: Any = old._param_name_to_source
+            new._param_name_to_source = {**sources, **{name: ConstantSource(name) for name in held}}  # type: ignore[assignment]

@@ -70,10 +70,11 @@ class Narrowing:
         readers = {
             node: taken(node) for source in self.read for node in source.users if node.args and node.args[0] is source
         }
+        order = {node: place for place, node in enumerate(self.graph.nodes)}
         first = next(node for node in self.graph.nodes if node in self.read)
         for places in dict.fromkeys(rows.of_sample for rows in self.read.values()):
             for node in sources(places) if places is not None else ():
-                if node.op == "call_function":
+                if order[node] > order[first]:  # those ahead have other readers there
                     first.prepend(node)
         for node in list(self.graph.nodes):
             reads = readers.get(node)

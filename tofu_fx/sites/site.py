@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch.fx import Node
 
 from tofu_fx.fx.nodes import source_line
@@ -145,6 +146,8 @@ class Planned(Placed):
     #: side of the grid's cells, each of which keeps a token, and the seed that picks it (0: the first one)
     cell: int = 2
     seed: int = 0
+    #: of "fisher" the matrix ``[C, k]`` by which tokens are projected before they are compared
+    projection: torch.Tensor | None = None
     #: the id of the site whose match this one uses; None where it has its own
     shares: str | None = None
 

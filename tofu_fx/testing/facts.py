@@ -74,6 +74,7 @@ def _entry(tracer: AxisTracer, site: Planned, branch: Branch | None, owner: str,
         query=query,
         key=key,
         weights=weights,
+        projection=site.projection,
     )
 
 

@@ -130,6 +130,109 @@ def join(chief: Tensor, score: list[Tensor], r: int, prefix: int, suffix: int, g
     return joined
 
 
+def join_by_ward(
+    chief: Tensor, metric: Tensor, valid: Tensor | None, r: int, prefix: int, suffix: int, grid: tuple[int, ...]
+) -> Tensor:
+    """As ``join``, for groups by Ward's criterion on ``metric`` ``[B, N, k]``; ``valid`` ``[B, N]`` are no padding."""
+    joined = chief.clone()
+    for b, groups in enumerate(chief):
+        alive = groups.unique()
+        free = alive[prefix : len(alive) - suffix]
+        rows = metric[b, free].double()
+        if valid is not None:
+            rows = torch.where(valid[b, free].unsqueeze(1), rows, 0)
+            away = 1e6 * (1 + metric[b][valid[b]].double().norm(dim=1).max()) if bool(valid[b].any()) else 1e6
+            rows = torch.cat([rows, torch.where(valid[b, free].unsqueeze(1), 0.0, away)], 1)
+        sizes = (groups == free.unsqueeze(1)).sum(1).double()
+        partner = partners_of(len(free), grid)
+        for goes, stays in _nearest_partners(rows, sizes, r, partner) if grid else ward(rows, sizes, r):
+            joined[b, groups == free[goes]] = free[stays]
+    return joined
+
+
+def ward(rows: Tensor, sizes: Tensor, r: int) -> list[tuple[int, int]]:
+    """Ward's criterion: r pairs of who goes and with whom it ends up.
+
+    Copies join the first of them. Then, in 4 rounds (8 where more than an eighth of them go, 16 of a half), all groups
+    join that are each other's nearest by ``n m / (n + m) |a - b|^2``. The r cheapest links count; if there are fewer,
+    those of what is left to the nearest ahead of it besides.
+
+    Raises:
+        Undecided: another choice is as good, up to rounding.
+    """
+    count = len(rows)
+    mean, size, alive = rows.clone(), sizes.clone(), torch.ones(count, dtype=torch.bool)
+    links: list[tuple[float, int, int, bool]] = []
+
+    def join(cost: float, stays: int, goes: int, clear: bool = True) -> None:
+        links.append((cost, goes, stays, clear))
+        mean[stays] = (size[stays] * mean[stays] + size[goes] * mean[goes]) / (size[stays] + size[goes])
+        size[stays] += size[goes]
+        alive[goes] = False
+
+    for i in range(count):
+        first = int((rows == rows[i]).all(1).nonzero()[0])
+        if first < i:
+            join(0.0, first, i)
+    for _ in range(4 if 8 * r <= count else 8 if 2 * r <= count else 16):
+        cost = _ward_costs(mean, size, alive)
+        nearest = {i: _least(cost[i]) for i in alive.nonzero().flatten().tolist() if alive.sum() > 1}
+        for i, (j, clear) in nearest.items():
+            if i < j and nearest[j][0] == i:
+                join(float(cost[i, j]), i, j, clear and nearest[j][1])
+    links.sort()
+    if len(links) < r:
+        cost = _ward_costs(mean, size, alive)
+        left = alive.nonzero().flatten().tolist()
+        ahead = {j: _least(torch.where(torch.arange(count) < j, cost[j], torch.inf)) for j in left[1:]}
+        links += sorted((float(cost[j, i]), j, i, clear) for j, (i, clear) in ahead.items())
+    if r < len(links) and links[r - 1][0] > 0 and _near(links[r - 1][0], links[r][0]):
+        raise Undecided("two groups cost the same")
+    # Elsewhere it makes no difference: what is nearest to each other joins sooner or later.
+    if not all(clear for *_, clear in links[:r]):
+        raise Undecided("two groups are equally near")
+    goes_to = {j: i for _, j, i, _ in links[:r]}
+    ends = {}
+    for j in goes_to:
+        i = j
+        while i in goes_to:
+            i = goes_to[i]
+        ends[j] = i
+    return list(ends.items())
+
+
+def _ward_costs(mean: Tensor, size: Tensor, alive: Tensor) -> Tensor:
+    apart = (mean.unsqueeze(1) - mean.unsqueeze(0)).square().sum(2)
+    cost = apart * (size.unsqueeze(1) * size / (size.unsqueeze(1) + size))
+    there = alive.unsqueeze(1) & alive & ~torch.eye(len(mean), dtype=torch.bool)
+    return torch.where(there, cost, torch.inf)
+
+
+def _least(costs: Tensor) -> tuple[int, bool]:
+    """The place of the least cost, and whether no other one is as good up to rounding."""
+    place = int(costs.argmin())
+    others = torch.cat([costs[:place], costs[place + 1 :]])
+    return place, not len(others) or not _near(float(costs[place]), float(others.min()))
+
+
+def _near(a: float, b: float) -> bool:
+    """Whether two costs are one up to rounding: squares of differences, each off by as much as a cosine."""
+    return a != b and abs(a - b) <= 10 * CLEAR * max(a, b)
+
+
+def _nearest_partners(rows: Tensor, sizes: Tensor, r: int, partner: Tensor) -> list[tuple[int, int]]:
+    cost = _ward_costs(rows, sizes, torch.ones(len(rows), dtype=torch.bool))
+    candidates, partners = (~partner).nonzero().flatten(), partner.nonzero().flatten()
+    costs = cost[candidates][:, partners]
+    best = sorted((float(row.min()), i) for i, row in enumerate(costs))
+    if r < len(best) and _near(best[r - 1][0], best[r][0]):
+        raise Undecided("two tokens are equally near to their partners")
+    places = {i: _least(costs[i]) for _, i in best[:r]}
+    if not all(clear for _, clear in places.values()):
+        raise Undecided("two partners are equally near")
+    return [(int(candidates[i]), int(partners[place])) for i, (place, _) in places.items()]
+
+
 def metric_of(vectors: Tensor, match: str) -> Tensor:
     """What tokens are compared by, ``[B, N, M]``, from keys ``[B, N, D, heads]`` or features ``[B, N, C, 1]``."""
     vectors = vectors.double()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from tofu_fx.testing.axis import Axis, Unfit
-from tofu_fx.testing.formulas import groups_of, join, merge, metric_of, similarity
+from tofu_fx.testing.formulas import groups_of, join, join_by_ward, merge, metric_of, similarity
 from tofu_fx.testing.labels import Companion
 from tofu_fx.testing.running import Prepared, Running
 from tofu_fx.testing.told import Entry, Vectors
@@ -234,6 +234,8 @@ class Reduced(Running):
     def _choice(self, node: Node, entry: Entry, before: Tensor, axis: Axis) -> Tensor:
         if entry.grid and entry.grid[-1]:
             raise Unfit("which place of a cell is kept is drawn by a seed")
+        if entry.match == "fisher":
+            return self._by_distance(node, entry, before, axis)
         if entry.match in ("features", "sketch"):
             vectors = self.env[node].flatten()[axis.places].unsqueeze(-1)
             metric = metric_of(vectors, entry.match)
@@ -249,6 +251,14 @@ class Reduced(Running):
         valid = valid.expand(len(before), -1) if valid is not None else None
         score = [similarity(m, None if valid is None else valid[b]) for b, m in enumerate(metric)]
         return join(before, score, entry.r, entry.prefix, entry.suffix, entry.grid)
+
+    def _by_distance(self, node: Node, entry: Entry, before: Tensor, axis: Axis) -> Tensor:
+        assert entry.projection is not None
+        x = self.env[node].flatten()[axis.places]
+        # The projection is an op of the graph, in its dtype.
+        metric = x @ entry.projection.to(x.dtype)
+        valid = self._valid(entry).expand(len(before), -1) if entry.masked else None
+        return join_by_ward(before, metric, valid, entry.r, entry.prefix, entry.suffix, entry.grid)
 
     def _vectors(self, entry: Entry, vectors: Vectors) -> Tensor:
         """Queries or keys as ``[B, N, D, heads]``."""

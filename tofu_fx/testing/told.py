@@ -85,6 +85,8 @@ class Entry:
     query: Vectors
     key: Vectors
     weights: Vectors
+    #: of "fisher" what tokens are projected by, ``[C, k]``
+    projection: Tensor | None = None
 
 
 @dataclass(frozen=True)
