@@ -159,14 +159,15 @@ class Survey:
 
     def _check_untouched(self, batch: Batch, plain: Any) -> None:
         """Run a batch with no token removed: what does not give the plain outputs cannot be measured."""
-        error = float(METRICS["relative_l2"](self.trial.record(batch), plain).mean())
-        # An attention with an empty mask may take another kernel, which rounds otherwise.
         leaves = torch.utils._pytree.tree_leaves(plain)
         steps = [torch.finfo(v.dtype).eps for v in leaves if isinstance(v, torch.Tensor) and v.is_floating_point()]
-        if error <= max(1e-4, 20 * max(steps)):
+        metric = METRICS["relative_l2"] if steps else self.metric  # the user's knows what to do with whole numbers
+        error = float(metric(self.trial.record(batch), plain).mean())
+        # An attention with an empty mask may take another kernel, which rounds otherwise.
+        if error <= max(1e-4, 20 * max(steps, default=0.0)):
             return
-        again = float(METRICS["relative_l2"](self.trial.plain(batch), plain).mean())
-        said = f"with no token removed the outputs differ by {error:.3g} (relative_l2) from the plain model's"
+        again = float(metric(self.trial.plain(batch), plain).mean())
+        said = f"with no token removed the outputs differ by {error:.3g} ({metric.name}) from the plain model's"
         if not again <= error / 10:
             raise CalibrationError(f"{said}, and so do its own from one call to the next: it is random in eval mode")
         raise CalibrationError(f"{said}: the model does something that calibration misses; please report it")
