@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import tofu_fx
 from tests.harness import compiled, randomise
 from tofu_fx.calibration.batches import Batch
-from tofu_fx.calibration.fisher import DRAWS, Information, measure_information
+from tofu_fx.calibration.fisher import DRAWS, SHRINKAGE, Information, measure_information
 from tofu_fx.calibration.trial import Trial
 from tofu_fx.plan.options import Options
 
@@ -99,7 +99,13 @@ def test_matrices_have_the_information_in_few_columns() -> None:
     (matrix,) = found.matrices(4).values()
     assert matrix.shape == (8, 4)
     total = (rows.T @ rows).double()
-    assert torch.allclose((matrix @ matrix.T).double(), total / total.trace(), atol=1e-3)
+    whole = total / total.trace() + SHRINKAGE / 8 * torch.eye(8, dtype=torch.float64)
+    # The best of its rank: what is left of the whole are the eigenvalues that are not among the first four.
+    left = whole - (matrix @ matrix.T).double()
+    expected = torch.linalg.eigvalsh(whole)
+    found_left = torch.linalg.eigvalsh(left)
+    assert torch.allclose(found_left[-4:], expected[:4], atol=1e-5)
+    assert torch.allclose(found_left[:4], torch.zeros(4, dtype=torch.float64), atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_curve_never_falls_although_a_measurement_does() -> None:
 
 
 def test_other_kinds_have_the_form_of_the_first_at_their_height() -> None:
-    found = Sensitivity(_site("a"))
+    found = Sensitivity(_site("a"), ("mlerp", "keys"))
     found.measured = {
         Choice(*FIRST, 4): 0.01, Choice(*FIRST, 8): 0.02, Choice(*FIRST, 20): 0.05,
         Choice("prune", "keys", 8): 0.06, Choice("mlerp", "heads", 8): math.inf,

@@ -32,7 +32,7 @@ NEAR = 0.98
 #: times that a speed-up is planned for before it is given up
 ATTEMPTS = 3
 #: whole passes over the inputs at most, for one attempt
-PASSES = len(PRUNED_SHARES) + 4 + 1 + len(UNIFORM) + ROUNDS
+PASSES = len(PRUNED_SHARES) + 8 + len(COLUMNS) + 1 + len(UNIFORM) + ROUNDS
 
 
 @dataclass

@@ -24,22 +24,29 @@ Kind = tuple[str, str]
 
 
 def first_kind(site: Planned) -> Kind:
-    """The kind whose whole curve is measured at a site: the paper's MLERP; in a branch the mean, which is better."""
+    """How tokens are reduced at a site where nothing was measured: by MLERP, the paper's; in a branch by the mean."""
     return "mean" if site.placement == "branch" else "mlerp", default_match(site)
 
 
-def kinds(entry: Rehearsed) -> list[Kind]:
-    """The kinds of reduction that are candidates at a site: `first_kind`, other ways to merge, and prune at the end."""
+def curve_kind(entry: Rehearsed) -> Kind:
+    """The kind whose whole curve is measured at a site: that of `first_kind`, by what the output feels if it can be."""
     merge, match = first_kind(entry.site)
+    return merge, "fisher" if "fisher" in entry.metrics else match
+
+
+def kinds(entry: Rehearsed) -> list[Kind]:
+    """The kinds of reduction that are candidates at a site: `curve_kind`, other ways to merge, and prune at the end."""
+    merge, match = first_kind(entry.site)
+    first = curve_kind(entry)
     other = [("mlerp", match)] if merge != "mlerp" else []
     # A group's mean is what has the least of Ward's cost, but not the norm of its members.
     other += [(way, "fisher") for way in ("mlerp", "mean", "prune") if way != merge and "fisher" in entry.metrics]
-    return [(merge, match), *((merge, kind) for kind in entry.metrics if kind != match), *other, ("prune", match)]
+    return [first, *((merge, kind) for kind in entry.metrics if kind != first[1]), *other, ("prune", match)]
 
 
 def candidates(entry: Rehearsed) -> list[Choice]:
     """What is tried at one site while all others are left alone."""
-    tried = [Choice(*first_kind(entry.site), removed(entry.site, share)) for share in SHARES]
+    tried = [Choice(*curve_kind(entry), removed(entry.site, share)) for share in SHARES]
     tried += [Choice(*kind, removed(entry.site, COMMON_SHARE)) for kind in kinds(entry)[1:]]
     return list(dict.fromkeys(tried))
 
@@ -85,12 +92,14 @@ class Sensitivity:
     """The measured errors of one site's candidates, and its curves."""
 
     site: Planned
+    #: the kind whose whole curve is measured
+    first: Kind
     measured: dict[Choice, float] = field(default_factory=dict)
 
     def curves(self) -> dict[Kind, Curve]:
         """A curve for each kind that was measured without a failure."""
         free = free_tokens(self.site, self.site.tokens)
-        first = first_kind(self.site)
+        first = self.first
         points = sorted((c.r / free, e) for c, e in self.measured.items() if (c.strategy, c.match) == first)
         finite = [(share, error) for share, error in points if numpy.isfinite(error)]
         if not finite:

@@ -13,12 +13,12 @@ import torch
 
 from tofu_fx.calibration.batches import Batch, device_of
 from tofu_fx.calibration.cost import CostModel, count_operations, fit_weights
-from tofu_fx.calibration.fisher import COLUMNS, SAMPLES, measure_information
+from tofu_fx.calibration.fisher import COLUMNS, DRAWS, SAMPLES, measure_information
 from tofu_fx.calibration.linearity import site_linearity, spread
 from tofu_fx.calibration.output_error import METRICS, OutputError, choose_metric
 from tofu_fx.calibration.progress import Progress
 from tofu_fx.calibration.rehearsal import Choice, Choices
-from tofu_fx.calibration.sensitivity import Sensitivity, candidates, first_kind
+from tofu_fx.calibration.sensitivity import Sensitivity, candidates, curve_kind, first_kind
 from tofu_fx.calibration.timing import time_calls
 from tofu_fx.calibration.trial import Trial
 from tofu_fx.errors import CalibrationError
@@ -112,6 +112,7 @@ class Survey:
         parts = sum(-(-batch.samples // SAMPLES) for batch in self.batches)
         self.bar.phase("gradients", parts)
         found = measure_information(self.trial, self.batches, self.metric.name == "kl", seed, self.bar.advance)
+        self.passes += 1 + 2 * DRAWS  # a backward pass counts as two
         self.information = found.matrices(max(COLUMNS))
         self.without_information = found.refusals
         self.trial.project({name: matrix[:, :RANK] for name, matrix in self.information.items()})
@@ -141,7 +142,7 @@ class Survey:
                     self.passes += batch.samples / self.samples
                     self.bar.advance(1)
         self.trial.forget()
-        self.sensitivity = {entry.site.id: Sensitivity(entry.site) for entry in entries}
+        self.sensitivity = {entry.site.id: Sensitivity(entry.site, curve_kind(entry)) for entry in entries}
         for (name, choice), values in errors.items():
             self.sensitivity[name].measured[choice] = self.metric.loss(values)
         for name, pairs in scores.items():
