@@ -59,7 +59,7 @@ def felt(outputs: int = 1) -> Felt:
 
 
 def information(model: nn.Module, *batches: Tensor, classes: bool = False) -> Information:
-    with Trial(model, Options(profitable_only=False)) as trial:
+    with Trial(model, Options(profitable_only=False, placement="stream")) as trial:
         found = [Batch((batch,)) for batch in batches]
         for batch in found:
             trial.plain(batch)
@@ -178,3 +178,37 @@ def test_same_seed_gives_the_same_matrices() -> None:
     first, second = (tofu_fx.calibrate(model, x, flops=0.85, metric="relative_l2", seed=3, **QUICK) for _ in range(2))
     assert first.projections == second.projections
     assert first.sites == second.sites
+
+
+class Broken(Felt):
+    """The head is in a graph of its own, which has no attention."""
+
+    def forward(self, x: Tensor, moved: list[Tensor] | None = None) -> Tensor:
+        for i in range(2):
+            q, k, v = self.qkv[i](x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+            x = x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            x = x if moved is None else x + moved[i]
+            x = x + self.mlp[i](x)
+        # Where all tokens are wanted again each has what distinguished it from its group: of that nothing is felt.
+        x = x if moved is None else x - sum(moved)
+        torch._dynamo.graph_break()
+        return self.head(x[..., :FELT].mean(1))
+
+
+def test_gradients_pass_through_graphs_that_have_no_site() -> None:
+    model, x = Broken(), inputs()
+    randomise(model)
+    found = information(model.eval(), x)
+    assert found.refusals == {}
+    generator = torch.Generator().manual_seed(5)
+    moved = [torch.zeros_like(x, requires_grad=True) for _ in range(2)]
+    with torch.enable_grad():
+        out = model(x, moved)
+    for _ in range(DRAWS):
+        loss = (out * torch.randn(len(x), 1, generator=generator) / out.detach().abs()).sum()
+        for total, gradient in zip(
+            found.sums.values(), torch.autograd.grad(loss, moved, retain_graph=True), strict=True
+        ):
+            total -= (gradient.flatten(0, 1).T @ gradient.flatten(0, 1)).double()
+    for total in found.sums.values():
+        assert float(total.abs().max()) < 1e-3  # of entries up to 90

@@ -7,6 +7,9 @@ norm.
 Gauss-Newton matrix of the output error), so ``(a - b)^T G (a - b)`` is to second order how much the outputs move if b
 takes the place of a. Of G the first eigenvectors are kept, times the roots of their eigenvalues: ``H`` ``[C, k]``. Then
 the distance of ``a H`` and ``b H`` says the same.
+
+The run is one of the rewritten graph. Where that gives back all tokens, each has again what distinguished it from its
+group, so what leads from a token straight to its own output is not felt.
 """
 
 from __future__ import annotations

@@ -268,6 +268,9 @@ class Trial(AbstractContextManager["Trial"]):
 
     def _graph(self, gm: GraphModule, rehearsal: Rehearsal, args: Sequence[Any]) -> Any:
         number, self._calls = self._calls, self._calls + 1
+        if self._tokens is not None:
+            with torch.enable_grad():
+                return rehearsal.run(args, {}, tokens=self._tokens)[0] if rehearsal.sites else gm.forward(*args)
         if self._choices is None or not rehearsal.sites:
             outputs = gm.forward(*args)
             if self._recording:
@@ -278,9 +281,6 @@ class Trial(AbstractContextManager["Trial"]):
             outputs, snapshots = rehearsal.snapshots(args) if resumable else (rehearsal.run(args, {})[0], ())
             self._record.append(Recorded(rehearsal, args, outputs, snapshots))
             return outputs
-        if self._tokens is not None:
-            with torch.enable_grad():
-                return rehearsal.run(args, {}, tokens=self._tokens)[0]
         if number >= len(self._record):
             return rehearsal.run(args, self._choices)[0]
         first = next((i for i, call in enumerate(self._record) if self._touched(call) is not None), len(self._record))

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,12 +68,13 @@ class Plan(PlanRecord):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON and, if it has any, its matrices beside it, with the suffix ``.safetensors``.
 
-        A file that stood there is replaced as a whole or not at all.
+        Files that stood there are replaced when both are written, or not at all.
         """
+        contents = {Path(path): self.to_json().encode()}
+        if self.matrices:
+            contents[projections.path_beside(path)] = projections.packed(self.matrices)
         try:
-            if self.matrices:
-                _replace(projections.path_beside(path), projections.packed(self.matrices))
-            _replace(Path(path), self.to_json().encode())
+            _replace(contents)
         except OSError as error:
             raise PlanError(f"plan {os.fspath(path)!r} cannot be written: {error.strerror}") from None
 
@@ -166,17 +167,23 @@ def _explain(error: Any) -> str:
     return f"{place(loc)}: expected {expectation(error, EXPECTED)}, got {shown(error['input'])}"
 
 
-def _replace(target: Path, content: bytes) -> None:
-    with tempfile.NamedTemporaryFile(dir=target.absolute().parent, prefix=f".{target.name}.", delete=False) as file:
-        try:
-            file.write(content)
-            file.close()
+def _replace(contents: Mapping[Path, bytes]) -> None:
+    """Write all files beside their places, then put them there."""
+    written: dict[str, Path] = {}
+    try:
+        for target, content in contents.items():
+            with tempfile.NamedTemporaryFile(
+                dir=target.absolute().parent, prefix=f".{target.name}.", delete=False
+            ) as file:
+                written[file.name] = target
+                file.write(content)
             os.chmod(file.name, 0o666 & ~_umask())
-            os.replace(file.name, target)
-        except BaseException:
-            file.close()
-            Path(file.name).unlink(missing_ok=True)
-            raise
+        for name, target in written.items():
+            os.replace(name, target)
+    except BaseException:
+        for name in written:
+            Path(name).unlink(missing_ok=True)
+        raise
 
 
 def _umask() -> int:
