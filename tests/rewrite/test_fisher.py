@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor.utils import fresh_cache
 
 import tofu_fx
 from tests.harness import compiled, randomise, relative_error, same_bits, study
@@ -18,6 +19,7 @@ from tests.zoo.masked import ATTEND, Masked, N, are_there, sample
 from tofu_fx import PlanError
 from tofu_fx.backend import rewrite
 from tofu_fx.plan.options import Options
+from tofu_fx.plan.table import differences
 from tofu_fx.testing import EAGER, capture
 
 # As for the other ways to compare tokens: the interpreter and the graph add up in another order.
@@ -209,3 +211,28 @@ def test_matrices_of_another_model_are_refused_by_name(saved: Path) -> None:
 def test_a_plan_is_no_safetensors_file(saved: Path) -> None:
     with pytest.raises(PlanError, match=r"a plan is JSON, its matrices are in the .safetensors file beside it"):
         tofu_fx.Plan.load(saved).save(saved.with_name("plan.safetensors"))
+
+
+@torch.no_grad()
+def test_a_cached_graph_is_not_taken_for_one_with_other_matrices() -> None:
+    entry = ZOO["vit"]
+    model, x = entry.model(), entry.batch()
+    first = plan_for(model, x, r=8)
+    second = with_matrices(first, seed=1)
+    expected = [compiled(model, plan=plan)(x) for plan in (first, second)]
+    assert relative_error(expected[0], expected[1]) > 1e-4
+    with fresh_cache():
+        for plan, wanted in zip((first, second, first), (*expected, expected[0]), strict=True):
+            torch._dynamo.reset()  # inductor's caches stay
+            assert relative_error(compiled(model, plan=plan, inner_backend="inductor")(x), wanted) < 1e-5
+
+
+def test_plans_that_differ_by_their_matrices_alone_differ(saved: Path) -> None:
+    plan = tofu_fx.Plan.load(saved)
+    assert differences(plan, tofu_fx.Plan.load(saved)) == []
+    other = plan.with_matrices({**plan.matrices, (0, "blocks.1.attn"): torch.ones(48, 5)})
+    assert plan != other
+    ((site, first, second),) = differences(plan, other)
+    assert site == "blocks.1.attn"
+    assert "by fisher (7 columns, " in first
+    assert "by fisher (5 columns, " in second

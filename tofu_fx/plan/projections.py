@@ -37,6 +37,11 @@ def hash_of(projections: Projections) -> str | None:
     return _hash(packed(projections)) if projections else None
 
 
+def described(matrix: torch.Tensor) -> str:
+    """A matrix in a few words: its columns, and what tells it from others."""
+    return f"{matrix.shape[1]} columns, {_hash(matrix.contiguous().numpy().tobytes())[:8]}"
+
+
 def path_beside(plan: str | os.PathLike[str]) -> Path:
     """Where the matrices of a plan are looked for.
 

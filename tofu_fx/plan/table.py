@@ -13,6 +13,7 @@ from rich.text import Text
 
 from tofu_fx.plan.counts import stream_of, walk
 from tofu_fx.plan.figure import GREY, INK, LOOKS, new_figure, save_figure
+from tofu_fx.plan.projections import described
 from tofu_fx.plan.records import Calibration, Figures, PlanRecord, PlanRow, Spread
 from tofu_fx.wording import printable
 
@@ -84,7 +85,7 @@ def differences(a: PlanRecord, b: PlanRecord) -> list[tuple[str, str, str]]:
     ids = [row.id for row in (*rows_a.values(), *rows_b.values())]
     found = []
     for key in dict.fromkeys([*rows_a, *rows_b]):
-        in_a, in_b = (_decision(rows[key]) if key in rows else "" for rows in (rows_a, rows_b))
+        in_a, in_b = (_decision(rows[key], plan) if key in rows else "" for rows, plan in ((rows_a, a), (rows_b, b)))
         if in_a == in_b:
             continue
         # Two rows of one id are two kinds of site (or two graphs): say which.
@@ -207,8 +208,10 @@ def _draw_errors(axes: Any, steps: Sequence[Step], calibration: Calibration | No
     axes.set_ylabel(printable(f"predicted error{unit}"), parse_math=False)
 
 
-def _decision(row: PlanRow) -> str:
-    return f"{row.tokens} tokens: " + (f"{row.strategy} {row.r} by {row.match}" if row.r else "none goes")
+def _decision(row: PlanRow, plan: PlanRecord) -> str:
+    matrix = getattr(plan, "matrices", {}).get((row.graph, row.id)) if row.match == "fisher" else None
+    which = "" if matrix is None else f" ({described(matrix)})"
+    return f"{row.tokens} tokens: " + (f"{row.strategy} {row.r} by {row.match}{which}" if row.r else "none goes")
 
 
 def _title(plan: PlanRecord) -> str:
