@@ -1,15 +1,16 @@
 """Quality at a cost: calibrated plans against the schedules that need no calibration, on two trained models.
 
-    python benchmarks/quality.py saliency     # DINOv2 saliency on photographs: about 25 minutes on two cores
-    python benchmarks/quality.py search       # the same model: 500 random plans at each of two costs, 30 minutes
-    python benchmarks/quality.py cifar        # CIFAR-10 classifier of examples/train_cifar.py: 40 minutes
-    python benchmarks/quality.py times        # how long calibration itself takes: ten minutes
-    python benchmarks/quality.py show         # print what is in the results file
+    python benchmarks/quality.py saliency --seed 0    # DINOv2 saliency on photographs: about 25 minutes on two cores
+    python benchmarks/quality.py search               # the same model: 500 random plans at two costs, 30 minutes
+    python benchmarks/quality.py cifar --seed 0       # CIFAR-10 classifier of examples/train_cifar.py: 40 minutes
+    python benchmarks/quality.py times                # how long calibration itself takes: ten minutes
+    python benchmarks/quality.py show                 # print what is in the results file
 
 Plans are calibrated on some inputs and measured on others, at shares of the plain model's operations (head included).
 The schedules that they are compared with remove the same number of tokens in each layer, as many as the share needs:
 the paper's depth rule (prune in the first half, MLERP after), MLERP, the mean (ToMe's merge, in this project's order)
-and prune everywhere. Each part writes its own section of the results file.
+and prune everywhere. Each part writes its own section of the results file; "saliency" and "cifar" one for each seed,
+which draws the inputs to calibrate with, and the means over the seeds are shown with their standard errors.
 
 The weights, photographs and pictures are not part of the repository; the examples say where they are looked for.
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -35,9 +37,10 @@ from torch import Tensor, nn
 import tofu_fx
 from tofu_fx.calibration.batches import read_batches
 from tofu_fx.calibration.cost import CostModel, share_of_operations
+from tofu_fx.calibration.output_error import METRICS
 from tofu_fx.calibration.rehearsal import Choice, Choices
 from tofu_fx.calibration.trial import Trial
-from tofu_fx.calibration.uniform import UNIFORM, rows_of, uniform, uniform_plans
+from tofu_fx.calibration.uniform import UNIFORM, plan_of, uniform, uniform_plans
 from tofu_fx.plan.options import Options
 from tofu_fx.plan.words import Match
 
@@ -100,17 +103,19 @@ def facts(plans: dict[tuple[str, float], tofu_fx.Plan], budgets: Sequence[float]
     return found
 
 
-def saliency_inputs() -> tuple[nn.Module, Tensor, Tensor]:
-    """The saliency model, 48 photographs to calibrate with, and the others."""
+def saliency_inputs(seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
+    """The saliency model, 48 photographs to calibrate with, and the others. Seed 0 takes every fifth, others draw."""
     files = example("saliency_model")
     photos = files.normalise(files.load_photos())
     chosen = torch.arange(0, len(photos), 5)[:48]
+    if seed:
+        chosen = torch.randperm(len(photos), generator=torch.Generator().manual_seed(seed))[:48]
     others = torch.ones(len(photos), dtype=torch.bool).index_fill_(0, chosen, False)
     return files.load_model(), photos[chosen], photos[others]
 
 
 def saliency(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    model, calibration, others = saliency_inputs()
+    model, calibration, others = saliency_inputs(args.seed)
     others = others[: args.limit]
     plans = plans_at(model, calibration, args.budgets, mean_absolute, console)
     plain = outputs_of(model, others, None)
@@ -133,17 +138,22 @@ def cifar(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     files = example("cifar_model")
     model = files.load_model()
     pictures, labels = files.load_cifar("test", min(args.limit, 5000))
-    others, _ = files.load_cifar("train", 48)
+    others, _ = files.load_cifar("train", 48 * (args.seed + 1))
+    others = others[-48:]
     plans = plans_at(model, files.prepare(others), args.budgets, None, console)
     inputs = files.prepare(pictures)
-    plain = outputs_of(model, inputs, None).argmax(1)
-    rows = [{"schedule": "plain", "flops": 1.0, "top1": round(100 * (plain == labels).double().mean().item(), 2)}]
+    scores = outputs_of(model, inputs, None)
+    plain = scores.argmax(1)
+    right = round(100 * (plain == labels).double().mean().item(), 2)
+    rows: list[dict[str, Any]] = [{"schedule": "plain", "flops": 1.0, "top1": right, "kl": 0.0}]
     for (name, budget), plan in track(plans.items(), "pictures", console=console):
-        found = outputs_of(model, inputs, plan).argmax(1)
+        outputs = outputs_of(model, inputs, plan)
+        found = outputs.argmax(1)
         rows.append(
             {
                 "schedule": name,
                 "flops": budget,
+                "kl": round(METRICS["kl"](outputs, scores).mean().item(), 5),
                 "top1": round(100 * (found == labels).double().mean().item(), 2),
                 "same_as_plain": round(100 * (found == plain).double().mean().item(), 2),
             }
@@ -214,7 +224,7 @@ def search(args: argparse.Namespace, console: Console) -> dict[str, Any]:
                 "best_plan": [[c.strategy, c.match, c.r] for c in least[2].values()],
                 "all": [[round(e, 5), round(f, 4)] for e, f, _ in tried],
             }
-        chosen = {budget: tofu_fx.Plan(sites=rows_of(trial, choices)) for budget, (_, choices) in best.items()}
+        chosen = {budget: plan_of(trial, choices) for budget, (_, choices) in best.items()}
     for budget, plan in chosen.items():
         maps = outputs_of(model, others, plan)
         found[str(budget)]["best_on_others"] = round(mean_absolute(maps, plain_others).mean().item(), 5)
@@ -239,21 +249,34 @@ def times(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     return {"model": "vit_small_patch16_224", "times": found}
 
 
+def over_seeds(values: Sequence[float]) -> str:
+    """Their mean and, of several, its standard error."""
+    mean = f"{statistics.mean(values):.4g}"
+    return mean if len(values) < 2 else f"{mean} ±{statistics.stdev(values) / len(values) ** 0.5:.1g}"
+
+
 def show(results: dict[str, Any], console: Console) -> None:
-    for part, column, unit in (("saliency", "error", "map error"), ("cifar", "top1", "top-1 %")):
-        if part not in results:
+    columns = (("saliency", "error", "map error"), ("cifar", "kl", "KL"), ("cifar", "top1", "top-1 %"))
+    for part, column, unit in columns:
+        seeds = list(results.get(part, {}).get("seeds", {}).values())
+        rows = [row for seed in seeds for row in seed["rows"]]
+        if not rows:
             continue
-        table = Table(title=f"{part}: {unit} at shares of the plain model's FLOPs", title_justify="left")
-        budgets = sorted({row["flops"] for row in results[part]["rows"]}, reverse=True)
+        title = f"{part}: {unit} at shares of the plain model's FLOPs, {len(seeds)} seeds"
+        table = Table(title=title, title_justify="left")
+        budgets = sorted({row["flops"] for row in rows}, reverse=True)
         table.add_column("schedule")
         for budget in budgets:
             table.add_column(f"{budget:g}", justify="right")
-        for name in dict.fromkeys(row["schedule"] for row in results[part]["rows"]):
-            cells = {row["flops"]: row[column] for row in results[part]["rows"] if row["schedule"] == name}
-            table.add_row(name, *(f"{cells[b]:g}" if b in cells else "" for b in budgets))
+        for name in dict.fromkeys(row["schedule"] for row in rows):
+            cells = {
+                b: [r[column] for r in rows if (r["schedule"], r["flops"]) == (name, b) and column in r]
+                for b in budgets
+            }
+            table.add_row(name, *(over_seeds(cells[b]) if cells[b] else "" for b in budgets))
         console.print(table)
         for name in ("linearity", "pair_linearity"):
-            console.print(f"{name}: {' '.join(f'{value:.2f}' for value in results[part][name])}", highlight=False)
+            console.print(f"{name}: {' '.join(f'{value:.2f}' for value in seeds[0][name])}", highlight=False)
     for name, row in results.get("times", {}).get("times", {}).items():
         console.print(f"calibration of ViT-S/16, {name}: {row['seconds']:.0f} s", highlight=False)
     for budget, found in results.get("search", {}).get("budgets", {}).items():
@@ -264,6 +287,7 @@ def show(results: dict[str, Any], console: Console) -> None:
         )
 
 
+SEEDED = ("saliency", "cifar")
 PARTS = {"saliency": saliency, "search": search, "cifar": cifar, "times": times}
 
 
@@ -273,7 +297,7 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS, help="shares of the operations")
     parser.add_argument("--limit", type=int, default=2000, help="photographs or pictures to measure on, at most")
     parser.add_argument("--plans", type=int, default=500, help="random plans at each budget")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the calibration inputs, and of the random plans")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     console = Console()
@@ -281,10 +305,14 @@ def main() -> None:
     if args.part != "show":
         start = time.perf_counter()
         with torch.no_grad():
-            results[args.part] = PARTS[args.part](args, console)
-        results[args.part].update(
+            found = PARTS[args.part](args, console)
+        found.update(
             seconds=round(time.perf_counter() - start), torch=torch.__version__, threads=torch.get_num_threads()
         )
+        if args.part in SEEDED:
+            results.setdefault(args.part, {}).setdefault("seeds", {})[str(args.seed)] = found
+        else:
+            results[args.part] = found
         args.output.parent.mkdir(exist_ok=True)
         args.output.write_text(json.dumps(results, indent=1) + "\n")
     show(results, console)
