@@ -227,6 +227,19 @@ def test_places_that_depend_on_the_tokens_themselves_leave_all_rows() -> None:
         assert same_bits(compiled(model, r=0, unread="drop")(tokens(), words), model(tokens(), words))
 
 
+def test_tokens_and_a_batch_of_one_in_one_dim_and_back() -> None:
+    class Regrouped(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.blocks[0](x + self.table).transpose(0, 1)  # [N, 1, C]
+            x = self.norm(F.gelu(x.flatten(0, 1)).unflatten(0, (N, 1)))
+            return self.head(x[0])
+
+    model = randomise(Regrouped(lambda x: x)).eval()
+    with torch.no_grad():
+        assert tofu_fx.explain(model, tokens(1), options={"r": 0}).unread
+        assert relative_error(compiled(model, r=0, unread="drop")(tokens(1)), model(tokens(1))) < ROUNDING
+
+
 def test_places_and_tokens_from_one_view_of_an_input() -> None:
     # CLIP's: the view stands ahead of everything, and the places, which are computed from it, are wanted early.
     class Words(Ending):

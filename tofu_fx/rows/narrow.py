@@ -20,7 +20,7 @@ from tofu_fx.rows.demand import Rows, sources, taken
 
 aten = torch.ops.aten
 _END = 2**63 - 1
-_SHAPED = {"view": "size", "reshape": "shape", "_unsafe_view": "size", "expand": "size"}
+_SHAPED = {"view": "size", "reshape": "shape", "_unsafe_view": "size", "expand": "size", "unflatten": "sizes"}
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,11 @@ class Narrowing:
         for name, key in _SHAPED.items():
             if is_op(node, name):
                 sizes: list[Any] = list(argument(node, key))
-                if not (isinstance(sizes[rows.dim], int) and sizes[rows.dim] == -1):
-                    sizes[rows.dim] = rows.count
+                # unflatten has the sizes of what its dim becomes, the others those of all dims
+                first = int(argument(node, "dim")) % len(shape(node.args[0])) if name == "unflatten" else 0
+                place = rows.dim - first
+                if 0 <= place < len(sizes) and not (isinstance(sizes[place], int) and sizes[place] == -1):
+                    sizes[place] = rows.count
                 set_argument(node, key, sizes)
         self._value(node)
 
