@@ -48,6 +48,10 @@ def at_some(size: torch.SymInt) -> list[int]:
 class Both(Interpreter):
     """Computes each node of a graph both ways."""
 
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        held = super().get_attr(target, args, kwargs)  # the matrices by which tokens are projected
+        return torch.empty_strided(held.shape, held.stride(), dtype=held.dtype)
+
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = compute(target, args, kwargs)
         assert form(value) == form(target(*args, **kwargs)), target

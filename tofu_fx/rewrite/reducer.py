@@ -33,8 +33,8 @@ class Step:
     size: Node
     gone: Count
     seed: int
-    grouping: str
     other: Callable[[str], Node]
+    grouping: str = "bipartite"
 
 
 class Reducer:

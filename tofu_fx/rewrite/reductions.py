@@ -78,7 +78,7 @@ class Reductions:
         match, grouping = similarity.node(kind), grouping_of(kind)
 
         def write(size: Node, gone: Count) -> Node:
-            return self.reducer.fuse(emit, Step(site, run, x, match, size, gone, seed, grouping, similarity.node))
+            return self.reducer.fuse(emit, Step(site, run, x, match, size, gone, seed, similarity.node, grouping))
 
         additive = node in self.rewriter.chain
         return stream.reduce(emit, x, write, self.reducer.strategy(site), count, additive)
