@@ -164,8 +164,8 @@ void merge(const float* x, const float* size, int64_t features, int64_t destinat
 class Ward {
  public:
   Ward(const float* metric, int64_t stride, const float* sizes, int64_t free_tokens, int64_t features)
-      : free_(free_tokens), squared_(free_ * free_), size_(sizes, sizes + free_), link_(free_, -1), cost_(free_, kNever),
-        nearest_(free_), least_(free_) {
+      : free_(free_tokens), stride_((free_ + kTile - 1) / kTile * kTile), squared_(stride_ * stride_),
+        size_(sizes, sizes + free_), link_(free_, -1), cost_(free_, kNever), nearest_(free_), least_(free_) {
     measure(metric, stride, features);
   }
 
@@ -199,8 +199,9 @@ class Ward {
 
  private:
   static constexpr float kNever = std::numeric_limits<float>::infinity(), kFar = 1e30f;
+  static constexpr int64_t kTile = 16, kRows = 4;
 
-  int64_t free_;
+  int64_t free_, stride_;  // the rows of squared_ are padded to whole tiles
   std::vector<float> squared_, size_;
   std::vector<int64_t> link_;
   std::vector<float> cost_;
@@ -209,36 +210,36 @@ class Ward {
 
   bool alive(int64_t t) const { return link_[t] < 0; }
 
+  float* squared(int64_t t) { return squared_.data() + t * stride_; }
+
   void measure(const float* metric, int64_t stride, int64_t features) {
-    const int64_t count = free_;
-    std::vector<float> columns(features * count), away(count);
-    for (int64_t t = 0; t < count; ++t) {
+    std::vector<float> columns(features * stride_), away(stride_);
+    for (int64_t t = 0; t < free_; ++t) {
       const float* row = metric + t * stride;
       const bool finite = std::all_of(row, row + features, [](float value) { return std::isfinite(value); });
       away[t] = finite ? 0 : kFar;
-      for (int64_t f = 0; f < features; ++f) columns[f * count + t] = finite ? row[f] : 0;
+      for (int64_t f = 0; f < features; ++f) columns[f * stride_ + t] = finite ? row[f] : 0;
     }
-    for (int64_t i = 0; i < count; ++i) {
-      float* out = squared_.data() + i * count;
-      for (int64_t f = 0; f < features; ++f) add_squares(columns.data() + f * count, i, count, out);
-      for (int64_t j = i + 1; j < count; ++j) out[j] = std::min(std::max({out[j], away[i], away[j]}), kFar);
-    }
-    mirror();
-  }
-
-  static void add_squares(const float* column, int64_t i, int64_t count, float* out) {
-    const float own = column[i];
-#pragma omp simd
-    for (int64_t j = i + 1; j < count; ++j) out[j] += (column[j] - own) * (column[j] - own);
-  }
-
-  void mirror() {
-    constexpr int64_t tile = 16;
-    for (int64_t top = 0; top < free_; top += tile) {
-      for (int64_t left = 0; left <= top; left += tile) {
-        for (int64_t j = top; j < std::min(top + tile, free_); ++j) {
-          for (int64_t i = left; i < std::min(left + tile, j); ++i) squared_[j * free_ + i] = squared_[i * free_ + j];
+    for (int64_t i = 0; i < stride_; i += kRows) {
+      for (int64_t j = i / kTile * kTile; j < stride_; j += kTile) {
+        float sums[kRows][kTile] = {};
+        add_squares(columns.data() + i, columns.data() + j, features, sums);
+        for (int64_t a = 0; a < kRows; ++a) {
+          for (int64_t b = 0; b < kTile; ++b) {
+            const float sum = std::min(std::max({sums[a][b], away[i + a], away[j + b]}), kFar);
+            squared(i + a)[j + b] = squared(j + b)[i + a] = sum;
+          }
         }
+      }
+    }
+  }
+
+  // A tile in registers: memory is touched once for each feature.
+  void add_squares(const float* rows, const float* columns, int64_t features, float (&sums)[kRows][kTile]) const {
+    for (int64_t f = 0; f < features; ++f, rows += stride_, columns += stride_) {
+      for (int64_t a = 0; a < kRows; ++a) {
+#pragma omp simd
+        for (int64_t b = 0; b < kTile; ++b) sums[a][b] += (columns[b] - rows[a]) * (columns[b] - rows[a]);
       }
     }
   }
@@ -246,7 +247,7 @@ class Ward {
   // Each token that equals an earlier one joins the first of these.
   void join_equal() {
     for (int64_t t = 0; t < free_; ++t) {
-      const float* row = squared_.data() + t * free_;
+      const float* row = squared(t);
       const int64_t first = std::find(row, row + t, 0.0f) - row;
       if (first < t) {
         link_[t] = first;
@@ -267,7 +268,7 @@ class Ward {
       if (!alive(t)) continue;
       const int64_t stop = ahead ? t : free_;
       hidden[t] = kNever;
-      least_[t] = costs_of(squared_.data() + t * free_, size_[t], size_.data(), hidden.data(), stop, cost.data());
+      least_[t] = costs_of(squared(t), size_[t], size_.data(), hidden.data(), stop, cost.data());
       hidden[t] = 0;
       nearest_[t] = least_[t] < kNever ? std::find(cost.begin(), cost.begin() + stop, least_[t]) - cost.begin() : t;
     }
@@ -302,22 +303,22 @@ class Ward {
       const int64_t other = nearest_[t];
       if (!alive(t) || other <= t || nearest_[other] != t) continue;
       const float sum = size_[t] + size_[other], share = size_[t] / sum, rest = size_[other] / sum;
-      pairs.push_back({t, other, share, rest, squared_[t * free_ + other] * share * rest});
+      pairs.push_back({t, other, share, rest, squared(t)[other] * share * rest});
     }
     const auto between = [](float ours, float theirs, const Pair& p) {
       return std::clamp(ours * p.share + theirs * p.rest - p.apart, 0.0f, kFar);
     };
     for (const Pair& p : pairs) {
-      float* ours = squared_.data() + p.keeps * free_;
-      const float* theirs = squared_.data() + p.goes * free_;
+      float* ours = squared(p.keeps);
+      const float* theirs = squared(p.goes);
       const int64_t count = free_;
       for (int64_t k = 0; k < count; ++k) ours[k] = between(ours[k], theirs[k], p);
     }
-    for (int64_t t = 0; t < free_; ++t) {
-      float* row = squared_.data() + t * free_;
-      for (const Pair& p : pairs) row[p.keeps] = between(row[p.keeps], row[p.goes], p);
+    for (auto p = pairs.begin(); p != pairs.end(); ++p) {  // of two pairs the distance is that of the earlier one's row
+      float* row = squared(p->keeps);
+      for (auto q = p + 1; q != pairs.end(); ++q) row[q->keeps] = between(row[q->keeps], row[q->goes], *q);
+      for (int64_t k = 0; k < free_; ++k) squared(k)[p->keeps] = row[k];
     }
-    mirror();
     for (const Pair& p : pairs) {
       link_[p.goes] = p.keeps;
       cost_[p.goes] = least_[p.goes];
