@@ -8,9 +8,10 @@
 
 Plans are calibrated on some inputs and measured on others, at shares of the plain model's operations (head included).
 The schedules that they are compared with remove the same number of tokens in each layer, as many as the share needs:
-the paper's depth rule (prune in the first half, MLERP after), MLERP, the mean (ToMe's merge, in this project's order)
-and prune everywhere. Each part writes its own section of the results file; "saliency" and "cifar" one for each seed,
-which draws the inputs to calibrate with, and the means over the seeds are shown with their standard errors.
+the paper's depth rule (prune in the first half, MLERP after), MLERP, the mean and prune everywhere; and the peers of
+`peers.py` at the counts of the uniform schedules, as if what they compare tokens with cost no more. Each part writes
+its own section of the results file; "saliency" and "cifar" one for each seed, which draws the inputs to calibrate with,
+and the means over the seeds are shown with their standard errors.
 
 The weights, photographs and pictures are not part of the repository; the examples say where they are looked for.
 """
@@ -23,12 +24,13 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from peers import PEERS, merging
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -76,6 +78,19 @@ def outputs_of(model: nn.Module, inputs: Tensor, plan: tofu_fx.Plan | None) -> T
     return torch.cat([call(part) for part in padded.split(BATCH)])[: len(inputs)]
 
 
+def peers_at(
+    backbone: nn.Module, model: nn.Module, inputs: Tensor, plans: dict[tuple[str, float], tofu_fx.Plan]
+) -> Iterator[tuple[str, float, Tensor]]:
+    """Outputs of the model with each peer's merging at the counts of each uniform schedule."""
+    for (schedule, budget), plan in plans.items():
+        if schedule != "uniform mean":
+            continue
+        counts = [row.r for row in plan.sites]
+        for name, grouping in PEERS.items():
+            with merging(backbone, grouping, counts):
+                yield name, budget, torch.cat([model(part) for part in inputs.split(BATCH)])
+
+
 def plans_at(
     model: nn.Module, inputs: Tensor, budgets: Sequence[float], metric: Any, console: Console
 ) -> dict[tuple[str, float], tofu_fx.Plan]:
@@ -119,9 +134,9 @@ def saliency(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     others = others[: args.limit]
     plans = plans_at(model, calibration, args.budgets, mean_absolute, console)
     plain = outputs_of(model, others, None)
+    found = [(name, budget, outputs_of(model, others, plan)) for (name, budget), plan in plans.items()]
     rows = []
-    for (name, budget), plan in track(plans.items(), "photographs", console=console):
-        maps = outputs_of(model, others, plan)
+    for name, budget, maps in [*found, *peers_at(model.backbone, model, others, plans)]:
         off = (maps - plain).flatten(1).norm(dim=1) / plain.flatten(1).norm(dim=1)
         rows.append(
             {
@@ -146,16 +161,16 @@ def cifar(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     plain = scores.argmax(1)
     right = round(100 * (plain == labels).double().mean().item(), 2)
     rows: list[dict[str, Any]] = [{"schedule": "plain", "flops": 1.0, "top1": right, "kl": 0.0}]
-    for (name, budget), plan in track(plans.items(), "pictures", console=console):
-        outputs = outputs_of(model, inputs, plan)
-        found = outputs.argmax(1)
+    found = [(name, budget, outputs_of(model, inputs, plan)) for (name, budget), plan in plans.items()]
+    for name, budget, outputs in [*found, *peers_at(model.backbone, model, inputs, plans)]:
+        classes = outputs.argmax(1)
         rows.append(
             {
                 "schedule": name,
                 "flops": budget,
                 "kl": round(METRICS["kl"](outputs, scores).mean().item(), 5),
-                "top1": round(100 * (found == labels).double().mean().item(), 2),
-                "same_as_plain": round(100 * (found == plain).double().mean().item(), 2),
+                "top1": round(100 * (classes == labels).double().mean().item(), 2),
+                "same_as_plain": round(100 * (classes == plain).double().mean().item(), 2),
             }
         )
     return {"pictures": len(labels), "rows": rows, **facts(plans, args.budgets)}
