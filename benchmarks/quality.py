@@ -1,8 +1,9 @@
-"""Quality at a cost: calibrated plans against the schedules that need no calibration, on two trained models.
+"""Quality at a cost: calibrated plans against the schedules that need no calibration, on three trained models.
 
     python benchmarks/quality.py saliency --seed 0    # DINOv2 saliency on photographs: about 25 minutes on two cores
     python benchmarks/quality.py search               # the same model: 500 random plans at two costs, 30 minutes
     python benchmarks/quality.py cifar --seed 0       # CIFAR-10 classifier of examples/train_cifar.py: 40 minutes
+    python benchmarks/quality.py sentences --seed 0   # a sentence encoder (`sentence_model.py`): ten minutes
     python benchmarks/quality.py times                # how long calibration itself takes: ten minutes
     python benchmarks/quality.py show                 # print what is in the results file
 
@@ -10,7 +11,7 @@ Plans are calibrated on some inputs and measured on others, at shares of the pla
 The schedules that they are compared with remove the same number of tokens in each layer, as many as the share needs:
 the paper's depth rule (prune in the first half, MLERP after), MLERP, the mean and prune everywhere; and the peers of
 `peers.py` at the counts of the uniform schedules, as if what they compare tokens with cost no more. Each part writes
-its own section of the results file; "saliency" and "cifar" one for each seed, which draws the inputs to calibrate with,
+its own section of the results file; the models' one for each seed, which draws the inputs to calibrate with,
 and the means over the seeds are shown with their standard errors.
 
 The weights, photographs and pictures are not part of the repository; the examples say where they are looked for.
@@ -29,6 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+import sentence_model
 import torch
 from peers import PEERS, merging
 from rich.console import Console
@@ -176,6 +178,33 @@ def cifar(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     return {"pictures": len(labels), "rows": rows, **facts(plans, args.budgets)}
 
 
+def off_course(outputs: Tensor, plain: Tensor) -> Tensor:
+    """One less the cosine of each embedding with the plain model's, ``[B]``."""
+    return (1 - (outputs * plain).sum(1)).clamp(min=0)  # rounding may take it below
+
+
+def neighbours(embeddings: Tensor) -> Tensor:
+    """The nearest other one of each, ``[B]``."""
+    return (embeddings @ embeddings.T).fill_diagonal_(-1).argmax(1)
+
+
+def sentences(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    texts = sentence_model.load_sentences(1000 + 48 * (args.seed + 1))
+    model, inputs = sentence_model.load_model(), sentence_model.encode(texts)
+    inputs, calibration = inputs[: min(args.limit, 1000)], inputs[-48:]
+    plans = plans_at(model, calibration, args.budgets, off_course, console)
+    plain = outputs_of(model, inputs, None)
+    rows = []
+    for (name, budget), plan in plans.items():
+        outputs = outputs_of(model, inputs, plan)
+        same = (neighbours(outputs) == neighbours(plain)).double().mean().item()
+        cosine = 1 - off_course(outputs, plain).mean().item()
+        rows.append(
+            {"schedule": name, "flops": budget, "cosine": round(cosine, 5), "same_neighbour": round(100 * same, 2)}
+        )
+    return {"sentences": len(inputs), "rows": rows, **facts(plans, args.budgets)}
+
+
 def random_choices(trial: Trial, share: Callable[[Choices], float], budget: float, rng: random.Random) -> Choices:
     """A plan of random tokens and kinds whose cost is within the budget and near it."""
     steepness, match = rng.choice([0.5, 1.0, 2.0]), rng.choice([*MATCHES, "mixed"])
@@ -271,7 +300,13 @@ def over_seeds(values: Sequence[float]) -> str:
 
 
 def show(results: dict[str, Any], console: Console) -> None:
-    columns = (("saliency", "error", "map error"), ("cifar", "kl", "KL"), ("cifar", "top1", "top-1 %"))
+    columns = (
+        ("saliency", "error", "map error"),
+        ("cifar", "kl", "KL"),
+        ("cifar", "top1", "top-1 %"),
+        ("sentences", "cosine", "cosine"),
+        ("sentences", "same_neighbour", "sentences whose nearest one is the same, %"),
+    )
     for part, column, unit in columns:
         seeds = list(results.get(part, {}).get("seeds", {}).values())
         rows = [row for seed in seeds for row in seed["rows"]]
@@ -302,8 +337,8 @@ def show(results: dict[str, Any], console: Console) -> None:
         )
 
 
-SEEDED = ("saliency", "cifar")
-PARTS = {"saliency": saliency, "search": search, "cifar": cifar, "times": times}
+SEEDED = ("saliency", "cifar", "sentences")
+PARTS = {"saliency": saliency, "search": search, "cifar": cifar, "sentences": sentences, "times": times}
 
 
 def main() -> None:
