@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from tofu_fx.compilation import Lowered
 from tofu_fx.plan.flops import count_flops
-from tofu_fx.rewrite.token_count_inputs import fake_mode_of, faking
+from tofu_fx.rewriting.token_count_inputs import fake_mode_of, faking
 from tofu_fx.rows.demand import demanded
 from tofu_fx.rows.narrow import Narrowing
 

@@ -21,11 +21,11 @@ from tofu_fx.fx.autocast import Autocasts, is_region
 from tofu_fx.fx.nodes import LITERAL, graph_module, tensor_inputs
 from tofu_fx.fx.stages import advanced
 from tofu_fx.plan.sharing import shared_matches
-from tofu_fx.rewrite.context import RewriteContext
-from tofu_fx.rewrite.layout import Emitter
-from tofu_fx.rewrite.reductions import Reductions
-from tofu_fx.rewrite.rewriter import Rewriter
-from tofu_fx.rewrite.token_count_inputs import InputFakes, faking
+from tofu_fx.rewriting.context import RewriteContext
+from tofu_fx.rewriting.layout import Emitter
+from tofu_fx.rewriting.reductions import Reductions
+from tofu_fx.rewriting.rewriter import Rewriter
+from tofu_fx.rewriting.token_count_inputs import InputFakes, faking
 from tofu_fx.sites.site import Planned, Site
 
 

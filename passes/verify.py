@@ -19,8 +19,8 @@ from tofu_fx.errors import TofuError
 from tofu_fx.fx.autocast import Autocasts, is_region
 from tofu_fx.fx.fakes import compute
 from tofu_fx.fx.nodes import is_op
-from tofu_fx.rewrite.strides import strides_of
-from tofu_fx.rewrite.token_count_inputs import fake_mode_of, faking
+from tofu_fx.rewriting.strides import strides_of
+from tofu_fx.rewriting.token_count_inputs import fake_mode_of, faking
 
 S = TypeVar("S", bound=Followed)
 

@@ -20,8 +20,8 @@ from tofu_fx.fx.nodes import may_multiply
 from tofu_fx.pipeline import run_pipeline
 from tofu_fx.plan.flops import node_flops
 from tofu_fx.plan.options import Options
-from tofu_fx.rewrite.reducer import Reducer
-from tofu_fx.rewrite.token_count_inputs import carry_over, fake_mode_of
+from tofu_fx.rewriting.reducer import Reducer
+from tofu_fx.rewriting.token_count_inputs import carry_over, fake_mode_of
 from tofu_fx.sites.guards import guarded
 from tofu_fx.sites.site import ever_planned
 from tofu_fx.summary import NOTHING, Outcome, note, warn

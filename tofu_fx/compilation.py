@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 
 from tofu_fx.axes.tracer import AxisTracer, BarrierRecord
 from tofu_fx.plan.options import Options
-from tofu_fx.rewrite.reducer import Reducer
+from tofu_fx.rewriting.reducer import Reducer
 from tofu_fx.rows.narrow import LeftOut
 from tofu_fx.sites.guards import Guard
 from tofu_fx.sites.site import Attention, Placed, Planned, Site, placed, planned

@@ -26,7 +26,7 @@ from tofu_fx.passes.make_polymorphic import make_polymorphic
 from tofu_fx.passes.plan_reductions import plan_reductions
 from tofu_fx.passes.verify import verify
 from tofu_fx.plan.options import Options
-from tofu_fx.rewrite.reducer import Reducer
+from tofu_fx.rewriting.reducer import Reducer
 
 logger = logging.getLogger("tofu_fx")
 
@@ -65,7 +65,7 @@ def run_pipeline(
         gm: a graph from Dynamo, with fake example values on its placeholders.
         options: parsed options.
         example_inputs: what the graph is called with first, from Dynamo; masked attention is declined without.
-        shared_kernels: make token counts inputs of the rewritten graph (see ``tofu_fx.rewrite.token_count_inputs``).
+        shared_kernels: make token counts inputs of the rewritten graph (see ``tofu_fx.rewriting.token_count_inputs``).
         reducer: how reductions are written, where that is not the usual way.
         lowered: what :func:`lower` made of this graph; it stays as it is.
 

@@ -20,7 +20,7 @@ from tofu_fx.calibration.rehearsal import Rehearsal
 from tofu_fx.fx import fakes
 from tofu_fx.fx.fakes import compute
 from tofu_fx.plan.options import Options
-from tofu_fx.rewrite.token_count_inputs import fake_mode_of, faking
+from tofu_fx.rewriting.token_count_inputs import fake_mode_of, faking
 from tofu_fx.testing import capture
 
 aten = torch.ops.aten

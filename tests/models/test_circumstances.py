@@ -197,7 +197,7 @@ def test_failure_inside_an_autocast_region_leaves_no_autocast_behind(monkeypatch
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("on purpose")
 
-    monkeypatch.setattr("tofu_fx.rewrite.reductions.Reductions.reduce", fail)
+    monkeypatch.setattr("tofu_fx.rewriting.reductions.Reductions.reduce", fail)
     with pytest.raises(Exception, match="on purpose"):
         reduced(Cast())(images())
     assert not torch.is_autocast_enabled("cpu")

@@ -21,7 +21,7 @@ from tofu_fx import Options
 from tofu_fx.backend import Outcome, rewrite
 from tofu_fx.errors import PassError
 from tofu_fx.fx.nodes import is_op, module_path
-from tofu_fx.rewrite.rewriter import Rewriter
+from tofu_fx.rewriting.rewriter import Rewriter
 
 N, R = 16, 4  # pairs of copies: half of them go at the first of two sites, the others at the second
 TOLERANCE = 1e-5  # sums of 16 float32 terms, 6e-8 each, through four blocks with norms

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import tofu_fx
 from tests.harness import EAGER, compiled, randomise, same_bits, study
 from tests.oracle.branches import cells_of
-from tests.rewrite.branching import DEPTH, PATCHES, SIDE, Ready, ViT, branch, images
+from tests.rewriting.branching import DEPTH, PATCHES, SIDE, Ready, ViT, branch, images
 from tests.zoo.diffusion_catalogue import DIFFUSION_CASES
 from tofu_fx import OptionError, Options, PlanError, TofuWarning
 from tofu_fx.testing.graphs import difference

@@ -11,7 +11,7 @@ from torch import nn
 
 import tofu_fx
 from tests.harness import EAGER, randomise
-from tests.rewrite.branching import ViT, branch, images
+from tests.rewriting.branching import ViT, branch, images
 from tofu_fx import Plan
 from tofu_fx.plan.counts import streams, walk
 from tofu_fx.plan.records import PlanRow

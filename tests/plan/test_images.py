@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import tofu_fx
 from tests.harness import EAGER, compiled, randomise
-from tests.rewrite.branching import PATCHES, SIDE, Ready, ViT, branch, images
+from tests.rewriting.branching import PATCHES, SIDE, Ready, ViT, branch, images
 from tests.zoo.handwritten import DIM, EinsumAttention, Plain
 from tofu_fx import OptionError, Plan, PlanError, TofuError, TofuWarning
 

@@ -55,7 +55,7 @@ def prove(spec: Spec, strategy: str = "mlerp", r: int = 2, batch: int = 2, seed:
     model = randomise(Transformer(spec), seed)
     (x,) = model.example_inputs(batch, seed)
     with torch.no_grad():
-        # The reference reduces the stream; the branches of blocks have theirs in tests/rewrite/test_branches.py.
+        # The reference reduces the stream; the branches of blocks have theirs in tests/rewriting/test_branches.py.
         stream = {"placement": "stream"}
         found = study(model, x, variants={"reduced": {"r": r, "strategy": strategy, **stream}}, base=stream)
         plain = found.outputs["plain"]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tofu_fx.rewrite import rewriter
+from tofu_fx.rewriting import rewriter
 from tofu_fx.testing import Spec
 from tofu_fx.testing.fuzz import Case, Steps, Use, Verdict, check, draw, main, search, shrink
 from tofu_fx.testing.fuzz_cases import RUNS, STEPS, copies

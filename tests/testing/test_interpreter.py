@@ -16,10 +16,10 @@ from torch import Tensor, nn
 import tofu_fx.testing
 from tests.mutation_models import BiasedByPairs
 from tofu_fx.ops import fuse, merging
-from tofu_fx.rewrite.companions import Companions
-from tofu_fx.rewrite.layout import aten
-from tofu_fx.rewrite.similarity import Similarity
-from tofu_fx.rewrite.versions import Stream
+from tofu_fx.rewriting.companions import Companions
+from tofu_fx.rewriting.layout import aten
+from tofu_fx.rewriting.similarity import Similarity
+from tofu_fx.rewriting.versions import Stream
 from tofu_fx.testing import Proofs, Spec, Undecided, prove
 from tofu_fx.testing.formulas import choose, merge, partners_of
 from tofu_fx.testing.strategies import made
@@ -112,12 +112,12 @@ def table_shifted(patch: pytest.MonkeyPatch) -> None:
 
 def no_log_size(patch: pytest.MonkeyPatch) -> None:
     """Attention takes a merged token for one."""
-    patch.setattr("tofu_fx.rewrite.rewriter.attention_bias", lambda *_: None)
+    patch.setattr("tofu_fx.rewriting.rewriter.attention_bias", lambda *_: None)
 
 
 def unweighted_pool(patch: pytest.MonkeyPatch) -> None:
     """A mean over tokens takes a merged token for one."""
-    patch.setattr("tofu_fx.rewrite.rewriter.weighted", lambda rewriter, node, value, newest: value)
+    patch.setattr("tofu_fx.rewriting.rewriter.weighted", lambda rewriter, node, value, newest: value)
 
 
 PLANTED: dict[Callable[[pytest.MonkeyPatch], None], tuple[Spec, set[str]]] = {

@@ -13,9 +13,9 @@ from tofu_fx.axes.atoms import Barrier
 from tofu_fx.axes.tracer import AxisTracer, BarrierRecord
 from tofu_fx.plan.sketch import folds
 from tofu_fx.plan.words import PlanMatch
-from tofu_fx.rewrite.context import RewriteContext
-from tofu_fx.rewrite.layout import Emitter
-from tofu_fx.rewrite.reducer import Reducer, Step
+from tofu_fx.rewriting.context import RewriteContext
+from tofu_fx.rewriting.layout import Emitter
+from tofu_fx.rewriting.reducer import Reducer, Step
 from tofu_fx.sites.residual import next_branch
 from tofu_fx.sites.site import Planned
 

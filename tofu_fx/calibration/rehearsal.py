@@ -1,7 +1,7 @@
 """A model with a reduction at every site whose strategy, metric and number of tokens are chosen when it runs.
 
 Calibration tries hundreds of plans. To rewrite and compile the graph for each would take hours, so it is rewritten
-once: the token counts are inputs of the graph (as in ``tofu_fx.rewrite.token_count_inputs``), all that a site could
+once: the token counts are inputs of the graph (as in ``tofu_fx.rewriting.token_count_inputs``), all that a site could
 compare tokens by is written, and the graph is interpreted, node by node and only as far as what is asked for needs it.
 A plan that touches nothing ahead of some site starts from the values that the untouched run had there.
 

@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from torch.fx import Node
 
-from tofu_fx.rewrite.layout import Emitter
-from tofu_fx.rewrite.reducer import Reducer, Step
+from tofu_fx.rewriting.layout import Emitter
+from tofu_fx.rewriting.reducer import Reducer, Step
 from tofu_fx.sites.site import Planned
 
 

@@ -12,9 +12,9 @@ from torch.fx import Node
 from tofu_fx.axes.atoms import Axes, Barrier, token_dim
 from tofu_fx.axes.tracer import AxisTracer
 from tofu_fx.fx.nodes import LITERAL
-from tofu_fx.rewrite.companions import Companions
-from tofu_fx.rewrite.layout import Emitter, Layout
-from tofu_fx.rewrite.versions import Stream
+from tofu_fx.rewriting.companions import Companions
+from tofu_fx.rewriting.layout import Emitter, Layout
+from tofu_fx.rewriting.versions import Stream
 from tofu_fx.sites.site import Site
 
 #: The version of a node: 0 with the tokens that were traced. A node of two streams (text that reads an image) is at a

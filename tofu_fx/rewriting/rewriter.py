@@ -17,9 +17,9 @@ from torch.fx.node import map_arg
 from tofu_fx.axes.atoms import Barrier, dim_size, hint, token_atoms
 from tofu_fx.fx.nodes import argument, is_op, tensor_inputs
 from tofu_fx.fx.op_families import SAME_VALUES
-from tofu_fx.rewrite.context import Key, RewriteContext
-from tofu_fx.rewrite.strides import as_traced
-from tofu_fx.rewrite.weights import attention_bias, biased_attention, biased_scores, weighted
+from tofu_fx.rewriting.context import Key, RewriteContext
+from tofu_fx.rewriting.strides import as_traced
+from tofu_fx.rewriting.weights import attention_bias, biased_attention, biased_scores, weighted
 
 _SAME = SAME_VALUES | {"lift_fresh"}
 

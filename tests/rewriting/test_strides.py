@@ -15,8 +15,8 @@ from torch.fx import Graph, GraphModule
 from tests.harness import compiled, relative_error, tensors
 from tests.zoo import ZOO
 from tofu_fx.axes.atoms import Barrier
-from tofu_fx.rewrite.layout import Emitter
-from tofu_fx.rewrite.strides import as_traced
+from tofu_fx.rewriting.layout import Emitter
+from tofu_fx.rewriting.strides import as_traced
 from tofu_fx.testing import randomise
 
 

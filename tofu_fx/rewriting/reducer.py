@@ -11,8 +11,8 @@ from torch.fx import Node
 
 from tofu_fx.axes.atoms import Atom
 from tofu_fx.axes.tracer import BarrierRecord
-from tofu_fx.rewrite.context import RewriteContext
-from tofu_fx.rewrite.layout import Count, Emitter
+from tofu_fx.rewriting.context import RewriteContext
+from tofu_fx.rewriting.layout import Count, Emitter
 from tofu_fx.sites.site import Planned
 
 

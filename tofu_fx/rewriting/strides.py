@@ -16,7 +16,7 @@ import torch
 from torch.fx import Node
 
 from tofu_fx.axes.atoms import Barrier, hint
-from tofu_fx.rewrite.layout import Count, Emitter, aten
+from tofu_fx.rewriting.layout import Count, Emitter, aten
 
 
 def strides_of(value: torch.Tensor) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import tofu_fx
 from tests.harness import EAGER, MEANING_TOLERANCE, Study, compiled, prove, randomise, relative_error, same_bits, study
 from tests.oracle.branches import Step
-from tests.rewrite.branching import (
+from tests.rewriting.branching import (
     BATCH,
     BRANCHES,
     DEPTH,

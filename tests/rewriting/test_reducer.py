@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.fx import Node
 
-from tests.rewrite.twice import METRICS, OWN, B, N, X
-from tests.rewrite.writing import emitted, same, targets, written
-from tofu_fx.rewrite.layout import Emitter
-from tofu_fx.rewrite.reducer import Reducer, Step
+from tests.rewriting.twice import METRICS, OWN, B, N, X
+from tests.rewriting.writing import emitted, same, targets, written
+from tofu_fx.rewriting.layout import Emitter
+from tofu_fx.rewriting.reducer import Reducer, Step
 from tofu_fx.sites.site import Planned
 
 GONE = 2

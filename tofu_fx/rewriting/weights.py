@@ -10,9 +10,9 @@ from torch.fx import Node
 from tofu_fx.axes.atoms import Barrier, token_atoms
 from tofu_fx.fx.nodes import argument, is_op
 from tofu_fx.fx.op_families import SOFTMAX
-from tofu_fx.rewrite.companions import scores_dims
-from tofu_fx.rewrite.context import RewriteContext
-from tofu_fx.rewrite.layout import Emitter, align, aten
+from tofu_fx.rewriting.companions import scores_dims
+from tofu_fx.rewriting.context import RewriteContext
+from tofu_fx.rewriting.layout import Emitter, align, aten
 from tofu_fx.sites.masks import is_masked_by_itself, sides
 from tofu_fx.sites.site import Declined
 

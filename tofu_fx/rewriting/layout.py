@@ -31,7 +31,7 @@ Count = int | Node
 class Emitter:
     """Appends nodes to a graph, each with its fake value and the origin (module path, source line) it serves.
 
-    To be used inside of ``tofu_fx.rewrite.token_count_inputs.faking``: values are computed as the nodes are appended.
+    To be used inside of ``tofu_fx.rewriting.token_count_inputs.faking``: values are computed as the nodes are appended.
     """
 
     graph: Graph

@@ -16,10 +16,10 @@ from tofu_fx.errors import PlanError
 from tofu_fx.fx.nodes import is_op, tensor_inputs
 from tofu_fx.plan.sketch import folds
 from tofu_fx.plan.words import RANK
-from tofu_fx.rewrite.companions import is_one, scores_dims
-from tofu_fx.rewrite.context import RewriteContext
-from tofu_fx.rewrite.layout import Layout, aten, shape_of
-from tofu_fx.rewrite.versions import Stream
+from tofu_fx.rewriting.companions import is_one, scores_dims
+from tofu_fx.rewriting.context import RewriteContext
+from tofu_fx.rewriting.layout import Layout, aten, shape_of
+from tofu_fx.rewriting.versions import Stream
 from tofu_fx.sites.mask_values import FAR_BELOW
 from tofu_fx.sites.site import Planned
 

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn import functional as F
 
-from tests.rewrite.twice import GAIN, METRICS, OWN, B, C, N, Steps, X, random, reduced
-from tests.rewrite.writing import emitted
+from tests.rewriting.twice import GAIN, METRICS, OWN, B, C, N, Steps, X, random, reduced
+from tests.rewriting.writing import emitted
 from tofu_fx.axes.atoms import Atom
 from tofu_fx.axes.rules.table import find_rule
 from tofu_fx.axes.tracer import AxisTracer, trace
 from tofu_fx.fx.nodes import is_op
-from tofu_fx.rewrite.companions import Companions
-from tofu_fx.rewrite.layout import Emitter
-from tofu_fx.rewrite.versions import Stream
+from tofu_fx.rewriting.companions import Companions
+from tofu_fx.rewriting.layout import Emitter
+from tofu_fx.rewriting.versions import Stream
 from tofu_fx.testing import capture_aten
 
 H, D = 2, C // 2

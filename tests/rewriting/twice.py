@@ -11,8 +11,8 @@ from torch.fx import Node
 
 from tests.oracle.operators import reference_fuse, reference_rebase, reference_restore
 from tofu_fx.axes.atoms import Atom, Base
-from tofu_fx.rewrite.layout import Emitter, Layout
-from tofu_fx.rewrite.versions import Stream
+from tofu_fx.rewriting.layout import Emitter, Layout
+from tofu_fx.rewriting.versions import Stream
 
 B, C, LEAD, FREE, TAIL = 2, 4, 1, 10, 2
 N = LEAD + FREE + TAIL

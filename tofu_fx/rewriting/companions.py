@@ -20,8 +20,8 @@ from tofu_fx.axes.rules.table import find_rule
 from tofu_fx.axes.tracer import AxisTracer
 from tofu_fx.fx.nodes import argument, is_op, tensor_inputs
 from tofu_fx.fx.op_families import ADDED_PRODUCTS, EXPANSIONS, MATRIX_PRODUCTS
-from tofu_fx.rewrite.layout import Emitter, Layout, align, aten
-from tofu_fx.rewrite.versions import Stream
+from tofu_fx.rewriting.layout import Emitter, Layout, align, aten
+from tofu_fx.rewriting.versions import Stream
 
 
 @dataclass

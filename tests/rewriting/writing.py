@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
-from tofu_fx.rewrite.layout import Emitter
-from tofu_fx.rewrite.token_count_inputs import faking
+from tofu_fx.rewriting.layout import Emitter
+from tofu_fx.rewriting.token_count_inputs import faking
 
 
 class _Honest(Interpreter):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from tests.rewrite.twice import (
+from tests.rewriting.twice import (
     BATCH,
     FREE,
     GAIN,
@@ -28,10 +28,10 @@ from tests.rewrite.twice import (
     reduced,
     run_with,
 )
-from tests.rewrite.writing import emitted, same, written
+from tests.rewriting.writing import emitted, same, written
 from tofu_fx.axes.atoms import Barrier
-from tofu_fx.rewrite.layout import Emitter
-from tofu_fx.rewrite.versions import Stream
+from tofu_fx.rewriting.layout import Emitter
+from tofu_fx.rewriting.versions import Stream
 
 
 def given(write: Any, *more: Tensor) -> Any:

@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from tofu_fx import ops  # noqa: F401 - registers torch.ops.tofu
 from tofu_fx.axes.atoms import Atom, Barrier
-from tofu_fx.rewrite.layout import Count, Emitter, Layout, aten
+from tofu_fx.rewriting.layout import Count, Emitter, Layout, aten
 
 tofu = torch.ops.tofu
 _END = 2**63 - 1

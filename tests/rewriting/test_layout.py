@@ -10,9 +10,9 @@ import torch
 from einops import rearrange, repeat
 from torch.fx import Graph, Node
 
-from tests.rewrite.writing import emitted, same, targets, written
+from tests.rewriting.writing import emitted, same, targets, written
 from tofu_fx.axes.atoms import Atom, Axes, Barrier, Base
-from tofu_fx.rewrite.layout import Emitter, Layout, align, shape_of
+from tofu_fx.rewriting.layout import Emitter, Layout, align, shape_of
 
 aten = torch.ops.aten
 SIZES = {"a": 2, "b": 3, "h": 4, "c": 5, "n": 9, "m": 9}

@@ -8,11 +8,11 @@ from torch.fx import Node
 
 from tofu_fx.axes.atoms import Barrier, token_atoms
 from tofu_fx.plan.words import grouping_of
-from tofu_fx.rewrite.layout import Count, Layout
-from tofu_fx.rewrite.reducer import Reducer, Step
-from tofu_fx.rewrite.rewriter import Rewriter
-from tofu_fx.rewrite.similarity import Similarity, batch_of
-from tofu_fx.rewrite.versions import Stream, Version
+from tofu_fx.rewriting.layout import Count, Layout
+from tofu_fx.rewriting.reducer import Reducer, Step
+from tofu_fx.rewriting.rewriter import Rewriter
+from tofu_fx.rewriting.similarity import Similarity, batch_of
+from tofu_fx.rewriting.versions import Stream, Version
 from tofu_fx.sites.site import Branch, Planned
 
 

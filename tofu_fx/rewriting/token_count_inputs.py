@@ -24,7 +24,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from tofu_fx.errors import Unsupported
-from tofu_fx.rewrite.layout import CONSTANT, Count
+from tofu_fx.rewriting.layout import CONSTANT, Count
 from tofu_fx.sites.site import Planned
 
 _COUNT = "tokens_"
