@@ -22,7 +22,7 @@ from tofu_fx.compilation import Captured, Lowered
 from tofu_fx.errors import Unsupported
 from tofu_fx.fx.autocast import Autocasts
 from tofu_fx.fx.held import fake_of, lift_tensors, put_back
-from tofu_fx.fx.nodes import is_impure, source_line
+from tofu_fx.fx.nodes import MODEL_STATE, is_impure, is_parameter, source_line
 from tofu_fx.fx.recorder import record
 from tofu_fx.fx.spellings import respell
 from tofu_fx.fx.stages import advanced
@@ -121,8 +121,7 @@ def _carry_over(old: Node, new: Node) -> None:
 
 def _is_state(node: Node) -> bool:
     """Whether a placeholder is a parameter, a buffer or another tensor held by a module, rather than an input."""
-    value: Any = node.meta.get("example_value")
-    if isinstance(value, torch.nn.Parameter):
+    if is_parameter(node) or node.meta.get(MODEL_STATE):
         return True
     source = getattr(node, "_dynamo_source", None)
     name = getattr(source, "name", "")

@@ -34,8 +34,9 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "dynamo": (),
     "backend": ("pipeline", "compilation", "rewriting", "plan", "sites", "fx", "dynamo"),
     "calibration": ("backend", "pipeline", "compilation", "rewriting", "plan", "sites", "axes", "fx", "ops"),
+    "standalone": ("backend", "compilation", "rewriting", "plan", "sites", "fx"),
     "report": ("calibration", "backend", "pipeline", "compilation", "plan", "sites", "axes", "fx", "ops"),
-    "tofu_fx": ("report", "calibration", "plan"),  # what a user sees: tofu_fx/__init__.py
+    "tofu_fx": ("standalone", "report", "calibration", "plan"),  # what a user sees: tofu_fx/__init__.py
 }
 #: these stand above all others, which never import them
 BELOW = (*ARROWS, *LEAVES)

@@ -1,4 +1,4 @@
-"""Every snippet of docs/testing.md and docs/rules.md runs."""
+"""Every snippet of docs/testing.md, docs/rules.md and docs/standalone.md runs."""
 
 from __future__ import annotations
 
@@ -28,6 +28,13 @@ def test_snippets_run(number: int, tmp_path: Path) -> None:
 
 def test_a_rule_as_the_contributors_page_writes_it(tmp_path: Path) -> None:
     run("\n".join(snippets((DOCS / "rules.md").read_text(encoding="utf-8"))), tmp_path)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_rewritten_graphs_as_their_page_writes_them(number: int, tmp_path: Path) -> None:
+    found = snippets((DOCS / "standalone.md").read_text(encoding="utf-8"))
+    assert len(found) == 2
+    run(found[number], tmp_path)
 
 
 def run(code: str, folder: Path) -> None:

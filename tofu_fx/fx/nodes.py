@@ -18,8 +18,15 @@ from tofu_fx.fx.op_families import MAY_ALIAS
 
 #: meta key of a size computed by make_polymorphic; it belongs to the one node that uses it
 LITERAL = "tofu_literal"
+#: meta key of a placeholder that is "PARAMETER", "BUFFER" or "CONSTANT_TENSOR", in a graph that is not from Dynamo
+MODEL_STATE = "tofu_model_state"
 _PRODUCT = re.compile("matmul|mm|mv|dot|inner|einsum|linear|conv|attention|lstm|gru|rnn")
 _TORCH = os.path.join(os.path.dirname(torch.__file__), "")
+
+
+def is_parameter(node: Node) -> bool:
+    """Whether a placeholder is a parameter of the model."""
+    return node.meta.get(MODEL_STATE) == "PARAMETER" or isinstance(node.meta.get("example_value"), torch.nn.Parameter)
 
 
 def tensor_inputs(node: Node) -> list[Node]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tofu_fx.axes.atoms import Barrier, hint
-from tofu_fx.fx.nodes import argument, is_alias, is_mutable, is_op, tensor_inputs
+from tofu_fx.fx.nodes import argument, is_alias, is_mutable, is_op, is_parameter, tensor_inputs
 from tofu_fx.fx.op_families import REGROUPINGS, SHAPE_ONLY, TURNS, WORK
 from tofu_fx.sites.guards import Guard
 from tofu_fx.sites.mask_values import (
@@ -219,7 +219,7 @@ class Masks:
         seen, todo = {node}, [node]
         while todo and len(seen) < MOST_OF_A_MASK:
             for value in todo.pop().all_input_nodes:
-                if isinstance(value.meta.get("example_value"), torch.nn.Parameter):
+                if is_parameter(value):
                     return True
                 if value not in seen:
                     seen.add(value)

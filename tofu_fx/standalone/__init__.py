@@ -1,0 +1,1 @@
+"""Rewritten graphs that stand on their own, without torch.compile: as modules."""
