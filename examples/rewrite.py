@@ -4,7 +4,8 @@
     python examples/rewrite.py --model vit_small_patch16_224 --r 13
 
 `tofu_fx.rewrite` returns a torch.fx GraphModule: it prints as code, runs as it is, trains, and goes through any
-compiler or further pass. The pass here takes GELU by its tanh formula, which costs less and changes the outputs a little.
+compiler or further pass. The pass here takes GELU by its tanh formula, which costs less and changes the outputs a
+little.
 """
 
 from __future__ import annotations
