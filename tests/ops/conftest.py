@@ -1,4 +1,4 @@
-"""Most tests of the operators run on both implementations."""
+"""Most tests of the operators run on all implementations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from tests.ops.streams import implementation
 
 
-@pytest.fixture(params=["cpp", "aten"])
+@pytest.fixture(params=["cpp", "aten", "portable"])
 def on_both(request: Any) -> Iterator[None]:
     """Use as a mark: ``pytestmark = pytest.mark.usefixtures("on_both")``."""
     with implementation(request.param):

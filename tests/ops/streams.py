@@ -1,4 +1,4 @@
-"""Streams to reduce, whole and by hand, and the choice between the two implementations of the operators on CPU."""
+"""Streams to reduce, whole and by hand, and the choice between the three implementations of the operators on CPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tofu_fx.ops import cpu
+from tofu_fx.ops import cpu, portable
+from tofu_fx.ops.checks import check_one_reduction
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 MERGING = ["mean", "mlerp"]
@@ -41,7 +42,12 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 @contextmanager
 def implementation(name: str) -> Iterator[None]:
-    """Run the operators in C++ ("cpp"; float32 only) or on ATen ("aten")."""
+    """Run the operators in C++ ("cpp"; float32 only), on ATen ("aten") or as they are exported ("portable")."""
+    if name == "portable":
+        stand_ins = {"usable": lambda x: True, "fuse": portable.fuse_tokens, "merge": _checked_merge}
+        with mock.patch.multiple(cpu, **stand_ins):
+            yield
+        return
     if name == "aten":
         with mock.patch.object(cpu, "usable", return_value=False):
             yield
@@ -49,3 +55,9 @@ def implementation(name: str) -> Iterator[None]:
     if cpu.library() is None:
         pytest.skip("there is no C++ compiler, so the operators have one implementation only")
     yield
+
+
+def _checked_merge(x: Tensor, size: Tensor, assignment: Tensor, kept: Tensor, strategy: str) -> tuple[Tensor, Tensor]:
+    """What is exported is called by graphs of ours only, and checks no values."""
+    check_one_reduction("merge_groups", assignment, kept)
+    return portable.merge_groups(x, size, assignment, kept, strategy)

@@ -96,11 +96,11 @@ def _remembered_sides(grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 def _grid_sides(grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
     is_partner = torch.zeros(grid.tokens, dtype=torch.bool, device=device)
-    is_partner.index_fill_(0, _partners_of(grid, device), True)
+    is_partner.index_fill_(0, partners_of(grid, device), True)
     return _true_places(~is_partner, grid.tokens - grid.cells), _true_places(is_partner, grid.cells)
 
 
-def _partners_of(grid: Grid, device: torch.device) -> Tensor:
+def partners_of(grid: Grid, device: torch.device) -> Tensor:
     """Return the place of each cell's partner."""
     frame = torch.arange(grid.frames, device=device).view(-1, 1, 1)
     top = torch.arange(0, grid.height, grid.cell, device=device).view(1, -1, 1)
@@ -140,11 +140,16 @@ def interleaved(rows: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
 
 def similarity(candidates: Tensor, partners: Tensor) -> Tensor:
     """Score unit rows `[B, c, M]` against `[B, p, M]`: `[B, c, p]` float32."""
+    return product(candidates, partners.transpose(1, 2))
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` of batches in their own dtype, whatever the caller's autocast says."""
     # Entering autocast costs as much as the product of a small batch.
-    device = candidates.device.type
+    device = a.device.type
     full = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
     with full:
-        return torch.bmm(candidates, partners.transpose(1, 2))
+        return torch.bmm(a, b)
 
 
 def match(metric: Tensor, r: int, num_prefix: int, num_suffix: int, grid: tuple[int, ...] = ()) -> Reduction:
