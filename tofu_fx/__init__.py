@@ -11,6 +11,7 @@ from tofu_fx.report.explain import Explanation, explain
 from tofu_fx.report.sweep import sweep
 from tofu_fx.report.swept import Sweep
 from tofu_fx.report.tokens import token_groups
+from tofu_fx.standalone.export import export
 from tofu_fx.standalone.rewrite import rewrite
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Unsupported",
     "calibrate",
     "explain",
+    "export",
     "rewrite",
     "sweep",
     "token_groups",

@@ -34,7 +34,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "dynamo": (),
     "backend": ("pipeline", "compilation", "rewriting", "plan", "sites", "fx", "dynamo"),
     "calibration": ("backend", "pipeline", "compilation", "rewriting", "plan", "sites", "axes", "fx", "ops"),
-    "standalone": ("backend", "compilation", "rewriting", "plan", "sites", "fx"),
+    "standalone": ("backend", "compilation", "rewriting", "plan", "sites", "fx", "ops"),
     "report": ("calibration", "backend", "pipeline", "compilation", "plan", "sites", "axes", "fx", "ops"),
     "tofu_fx": ("standalone", "report", "calibration", "plan"),  # what a user sees: tofu_fx/__init__.py
 }

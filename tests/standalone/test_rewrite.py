@@ -24,11 +24,11 @@ OPTIONS: dict[str, Any] = {"r": 2, "strategy": "mlerp", "profitable_only": False
 NAMES = [
     "timm: deit3",
     "timm: vit_hybrid",
-    "transformers: bert",
-    "transformers: vit",
-    "transformers: whisper",
-    "diffusers: UNet2DConditionModel",
-    "other: torchvision vit",
+    "timm: samvit",
+    "transformers: bert_padded",
+    "transformers: whisper_encoder",
+    "diffusers: UNet2DConditionModel, Stable Diffusion",
+    "diffusers: SD3Transformer2DModel",
 ]
 
 
@@ -90,7 +90,7 @@ def test_nothing_reduced_has_the_bits_of_the_model(model: Model, x: Tensor) -> N
     assert torch.equal(module(x), model(x))
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name in CATALOGUE])
+@pytest.mark.parametrize("name", NAMES)
 def test_real_models_compute_what_they_do_compiled(name: str) -> None:
     case = CATALOGUE[name]
     model, (args, kwargs) = case.model(), case.inputs()

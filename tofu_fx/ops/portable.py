@@ -8,6 +8,7 @@ exported graph runs where tofu_fx is not installed.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,8 +17,12 @@ from torch import Tensor
 
 from .matching import Grid, partners_of, product, similarity
 from .merging import CANCELLED, NEARLY_LARGEST
-from .restore import gather_tokens
-from .ward import _links, _squared_distances, rounds, ward_costs
+from .restore import gather_tokens, restore_in_aten
+from .separate import separate_in_aten
+from .ward import links_of, rounds, squared_distances, ward_costs
+
+#: numbers for each sample, about, that distances are summed from at a time
+_DIFFERENCES = 2**22
 
 
 def fuse_tokens(  # noqa: PLR0913 - the arguments of the operator
@@ -126,7 +131,7 @@ def _by_sides(
     rows, others = metric.index_select(1, candidates), metric.index_select(1, partners)
     if grouping == "ward":
         sizes, other_sizes = size.index_select(1, candidates), size.index_select(1, partners)
-        score = -ward_costs(_squared_distances(rows, others), sizes, other_sizes)
+        score = -ward_costs(squared_distances(rows, others, _by_columns), sizes, other_sizes)
     else:
         score = similarity(_unit(rows), _unit(others))
     goes = torch.where(_best(score.amax(2), r), partners[score.argmax(2)], candidates)
@@ -140,9 +145,14 @@ def _by_ward(metric: Tensor, size: Tensor, r: int, prefix: int, suffix: int) -> 
     """Which token each one ends up with, `[B, N]`: `ward.match_by_ward`."""
     tokens = metric.shape[1]
     free, inside = tokens - prefix - suffix, slice(prefix, tokens - suffix)
-    links, costs = _links(_squared_distances(metric[:, inside], metric[:, inside]), size[:, inside], rounds(r, free))
+    squared = squared_distances(metric[:, inside], metric[:, inside], _by_columns)
+    links, costs, late = links_of(squared, size[:, inside], rounds(r, free))
     place = torch.arange(free, device=metric.device)
-    goes = torch.where(_best(-costs, r), links, place)
+    here, there = (t.unsqueeze(2) for t in (costs, late)), (t.unsqueeze(1) for t in (costs, late))
+    (cost, is_late), (other, is_other_late) = here, there
+    earlier = (other < cost) | ((other == cost) & (place < place.unsqueeze(1)))
+    before = (is_late & ~is_other_late) | ((is_late == is_other_late) & earlier)
+    goes = torch.where(before.long().sum(2) < r, links, place)
     for _ in range(free.bit_length()):
         goes = goes.gather(1, goes)
     whole = torch.arange(tokens, device=metric.device).expand(metric.shape[0], tokens)
@@ -157,6 +167,15 @@ def _sides(free: int, grid: tuple[int, ...], device: torch.device) -> tuple[Tens
     partners = torch.sort(partners_of(Grid(*grid), device)).values
     is_partner = (partners.unsqueeze(1) == place).any(0)
     return _first(~is_partner.unsqueeze(0), place, free - partners.shape[0]).squeeze(0), partners
+
+
+def _by_columns(rows: Tensor, columns: Tensor) -> Tensor:
+    """`ward.by_cdist`, as many features at a time as make a tensor of some millions of numbers for each sample."""
+    features = rows.shape[2]
+    step = max(1, min(features, _DIFFERENCES // (rows.shape[1] * columns.shape[1])))
+    parts = [slice(start, min(start + step, features)) for start in range(0, features, step)]
+    found = [(rows[:, :, part].unsqueeze(2) - columns[:, :, part].unsqueeze(1)).square().sum(3) for part in parts]
+    return functools.reduce(torch.add, found)
 
 
 def _unit(metric: Tensor) -> Tensor:
@@ -178,8 +197,16 @@ def _first(chosen: Tensor, place: Tensor, count: int) -> Tensor:
     return torch.sort(torch.where(chosen, place, place + place.shape[0]), dim=1).values[:, :count].contiguous()
 
 
+def rebase(x: Tensor, size: Tensor, assignment: Tensor, kept: Tensor, strategy: str) -> Tensor:
+    """`rebase.rebase`, whose arguments and result these are."""
+    return gather_tokens(x, kept) if strategy == "prune" else merge_groups(x, size, assignment, kept, strategy)[0]
+
+
 #: operator -> what it is in a graph that leaves the process
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.tofu.fuse_tokens.default: fuse_tokens,
     torch.ops.tofu.merge_groups.default: merge_groups,
+    torch.ops.tofu.rebase.default: rebase,
+    torch.ops.tofu.restore_tokens.default: restore_in_aten,
+    torch.ops.tofu.separate.default: separate_in_aten,
 }

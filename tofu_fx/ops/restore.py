@@ -48,9 +48,10 @@ def restore_tokens(x: Tensor, assignment: Tensor, before: Tensor | None = None, 
     return torch.ops.tofu.restore_tokens(x, assignment, before, merged)
 
 
-def _restore_tokens(
+def restore_in_aten(
     x: Tensor, assignment: Tensor, before: Tensor | None = None, merged: Tensor | None = None
 ) -> Tensor:
+    """`restore_tokens` itself."""
     if (before is None) != (merged is None):
         missing = "before" if before is None else "merged"
         raise ValueError(f"restore_tokens: before and merged belong together, but {missing} is missing")
@@ -67,4 +68,4 @@ def _restore_tokens(
     return whole + (before - gather_tokens(merged, assignment))
 
 
-_library.impl("restore_tokens", _restore_tokens, "CompositeImplicitAutograd")
+_library.impl("restore_tokens", restore_in_aten, "CompositeImplicitAutograd")

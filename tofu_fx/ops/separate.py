@@ -39,7 +39,8 @@ def separate(metric: Tensor, valid: Tensor, distance: bool = False) -> Tensor:
     return torch.ops.tofu.separate(metric, valid, distance)
 
 
-def _separate(metric: Tensor, valid: Tensor, distance: bool = False) -> Tensor:
+def separate_in_aten(metric: Tensor, valid: Tensor, distance: bool = False) -> Tensor:
+    """`separate` itself."""
     check_features("separate", metric, "metric")
     batch, tokens, _ = metric.shape
     fits = valid.dim() == 3 and valid.shape[1:] == (tokens, 1) and (valid.shape[0] == 1 or valid.shape[0] == batch)
@@ -59,4 +60,4 @@ def _separate(metric: Tensor, valid: Tensor, distance: bool = False) -> Tensor:
     return torch.cat([unit, mark], dim=-1)
 
 
-_library.impl("separate", _separate, "CompositeImplicitAutograd")
+_library.impl("separate", separate_in_aten, "CompositeImplicitAutograd")

@@ -9,6 +9,8 @@ once, in a few rounds, and of what was joined the cheapest counts. That is paral
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -45,8 +47,10 @@ def match_by_ward(
         score = scores(metric, size, num_prefix, candidates, partners)
         return choose(score, r, tokens, num_prefix, candidates, partners)
     inside = slice(num_prefix, num_prefix + free)
-    links, costs = _links(_squared_distances(metric[:, inside], metric[:, inside]), size[:, inside], rounds(r, free))
-    chosen = torch.sort(costs, dim=-1, stable=True).indices[:, :r]
+    squared = squared_distances(metric[:, inside], metric[:, inside])
+    links, costs, late = links_of(squared, size[:, inside], rounds(r, free))
+    by_cost = torch.argsort(costs, dim=-1, stable=True)
+    chosen = by_cost.gather(1, torch.argsort(late.gather(1, by_cost).int(), dim=-1, stable=True))[:, :r]
     place = torch.arange(free, device=metric.device).expand(batch, free)
     goes = place.scatter(1, chosen, links.gather(1, chosen))
     for _ in range(free.bit_length()):  # a link leads to an earlier token, which may have one itself
@@ -77,31 +81,38 @@ def scores(metric: Tensor, size: Tensor, num_prefix: int, candidates: Tensor, pa
     """Minus Ward's cost of each candidate with each partner, padded as `matching.choose` wants it."""
     rows, columns = metric[:, num_prefix + candidates], metric[:, num_prefix + partners]
     sizes, others = size[:, num_prefix + candidates], size[:, num_prefix + partners]
-    cost = ward_costs(_squared_distances(rows, columns), sizes, others)
+    cost = ward_costs(squared_distances(rows, columns), sizes, others)
     padded = round_up(len(candidates), CANDIDATE_TILE), round_up(len(partners), PARTNER_TILE)
     score = cost.new_full((len(metric), *padded), -torch.inf)
     score[:, : len(candidates), : len(partners)] = -cost
     return score
 
 
-def _squared_distances(rows: Tensor, columns: Tensor) -> Tensor:
+def by_cdist(rows: Tensor, columns: Tensor) -> Tensor:
+    """Squared distances, by differences: products of rows would lose what is small beside the rows."""
+    return torch.cdist(rows, columns, compute_mode="donot_use_mm_for_euclid_dist").square()
+
+
+def squared_distances(rows: Tensor, columns: Tensor, measured: Callable[[Tensor, Tensor], Tensor] = by_cdist) -> Tensor:
     """`[B, n, M]`, `[B, m, M]` -> `[B, n, m]` float32; 0 for equal rows, `FAR` for those that are not finite."""
     finite = [t.isfinite().all(-1) for t in (rows, columns)]
     rows, columns = (torch.where(f.unsqueeze(-1), t.float(), 0.0) for t, f in zip((rows, columns), finite, strict=True))
-    # By differences: products of rows would lose what is small beside the rows, and differ from batch to batch.
-    squared = torch.cdist(rows, columns, compute_mode="donot_use_mm_for_euclid_dist").square()
-    return torch.where(finite[0].unsqueeze(2) & finite[1].unsqueeze(1), squared, FAR).clamp_(max=FAR)
+    squared = measured(rows, columns)
+    return torch.where(finite[0].unsqueeze(2) & finite[1].unsqueeze(1), squared, FAR).clamp(max=FAR)
 
 
-def _links(squared: Tensor, size: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
-    """For each token the earlier one that it is linked to, and what that costs, `[B, F]`; infinity: it has no link."""
+def links_of(squared: Tensor, size: Tensor, rounds: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For each token the earlier one that it is linked to, what that costs, and whether it is last resort, `[B, F]`.
+
+    That are the links of groups that no round has joined. A cost of infinity: there is none ahead.
+    """
     free = size.shape[1]
     place = torch.arange(free, device=size.device)
     earlier, later = place.unsqueeze(0) < place.unsqueeze(1), place.unsqueeze(0) > place.unsqueeze(1)
     equal = (squared == 0) & earlier
     links = torch.where(equal.any(-1), equal.int().argmax(-1), -1)
     costs = torch.where(links >= 0, 0.0, torch.inf)
-    size = size + torch.zeros_like(size).scatter_add_(1, links.clamp(min=0), torch.where(links >= 0, size, 0.0))
+    size = size + torch.where(links.unsqueeze(1) == place.unsqueeze(1), size.unsqueeze(1), 0.0).sum(2)
     for _ in range(rounds):
         alive = links < 0
         cost = _among(ward_costs(squared, size, size), alive, place)
@@ -118,10 +129,7 @@ def _links(squared: Tensor, size: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
     cost = torch.where(earlier, _among(ward_costs(squared, size, size), alive, place), torch.inf)
     nearest = cost.argmin(-1)
     least = cost.gather(2, nearest.unsqueeze(2)).squeeze(2)
-    # Beyond every link so far, and in their own order.
-    last = torch.argsort(torch.argsort(torch.where(alive, least, torch.inf), dim=-1, stable=True), dim=-1)
-    first = torch.argsort(torch.argsort(costs, dim=-1, stable=True), dim=-1)
-    return torch.where(alive, nearest, links), torch.where(alive, free + last, first).float()
+    return torch.where(alive, nearest, links), torch.where(alive, least, costs), alive
 
 
 def _among(cost: Tensor, alive: Tensor, place: Tensor) -> Tensor:
@@ -140,6 +148,6 @@ def _joined(squared: Tensor, size: Tensor, takes: Tensor, partner: Tensor, later
     apart = squared.gather(2, partner.unsqueeze(2)).squeeze(2) * share * rest
     for dim, index in ((2, partner.unsqueeze(2).expand_as(squared)), (1, partner.unsqueeze(1).expand_as(squared))):
         ours, theirs, off, joins = (t.unsqueeze(dim) for t in (share, rest, apart, takes))
-        new = (squared * ours + squared.gather(3 - dim, index) * theirs - off).clamp(0, FAR)
+        new = (squared * ours + squared.gather(3 - dim, index) * theirs - off).clamp(0.0, FAR)
         squared = torch.where(joins, new, squared)
     return torch.where(later, squared, squared.mT)

@@ -17,11 +17,12 @@ class Guard:
     """A condition on a call.
 
     ``what`` says in words what must hold; ``holds`` tells whether it does, given the arguments of the traced graph in
-    the order of its placeholders (parameters and buffers among them).
+    the order of its placeholders (parameters and buffers among them). ``of_state``: it asks about these alone.
     """
 
     what: str
     holds: Callable[[Sequence[Any]], bool]
+    of_state: bool = False
 
 
 def guarded(run: Callable[..., Any], gm: GraphModule, guards: Sequence[Guard]) -> Callable[..., Any]:

@@ -184,7 +184,8 @@ class Masks:
                 return True
 
             names = ", ".join(str(node.target) for node in held)
-            self._guards[key] = Guard(f"the mask made of the model's {names} hides no more than it did at first", holds)
+            what = f"the mask made of the model's {names} hides no more than it did at first"
+            self._guards[key] = Guard(what, holds, of_state=True)
         return self._guards[key]
 
     def _held(self, node: Node, args: Sequence[Any] | None) -> Any:

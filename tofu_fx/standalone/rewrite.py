@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
+from torch import Tensor
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
 from torch.fx import GraphModule, Node
 
 from tofu_fx.backend import rewrite as rewrite_graph
@@ -54,13 +56,14 @@ def rewrite(
     parsed = options_of(plan, options)
     if isinstance(model, GraphModule) and any("example_value" in n.meta for n in model.graph.nodes):
         return _of_dynamo(model, args, parsed)
-    program, guards = rewritten(trace(model, args, kwargs), parsed)
+    traced = trace(model, args, kwargs)
+    program, guards = rewritten(traced, parsed)
     bound = program.module(check_guards=False)
     # A module of its own: torch.export's refuses train() and eval().
     module = GraphModule(bound, bound.graph, type(model).__name__)
     inputs = module.graph.find_nodes(op="placeholder")
     if guards:
-        check_values(module, inputs[0], _arguments(module, program), guards)
+        check_values(module, inputs[0], _arguments(module, traced.program), guards)
     check_inputs(module.graph, inputs)
     module.recompile()
     return module
@@ -125,8 +128,33 @@ def rewritten(traced: Traced, options: Options) -> tuple[ExportedProgram, list[G
     for spec, node in zip(signature.output_specs, outputs, strict=True):
         if isinstance(node, Node):  # or a constant, None among them
             spec.arg.name = node.name
+    constants = _lift_constants(found.gm, signature)
+    module = graph_module(found.gm, found.gm.graph)
     # Private, but there is no other way to keep what a program says of its inputs, sizes and names.
-    return program._update(graph_module(found.gm, found.gm.graph), signature), _guards(found)  # noqa: SLF001
+    changed = program._update(module, signature, constants={**program.constants, **constants})  # noqa: SLF001
+    return changed, _guards(found)
+
+
+def _lift_constants(gm: GraphModule, signature: ExportGraphSignature) -> dict[str, Tensor]:
+    """Make the tensors that a graph holds inputs of it, as programs have them; returns them by their names."""
+    kinds = [spec.kind for spec in signature.input_specs]
+    place = kinds.index(InputKind.USER_INPUT) if InputKind.USER_INPUT in kinds else len(kinds)
+    first, found = [*gm.graph.find_nodes(op="placeholder"), gm.graph.output_node()][place], {}
+    for node in gm.graph.find_nodes(op="get_attr"):
+        name = str(node.target)
+        value = attrgetter(name)(gm)
+        if not isinstance(value, Tensor):
+            continue
+        with gm.graph.inserting_before(first):
+            lifted = gm.graph.placeholder(f"c_{name}")
+        lifted.meta = dict(node.meta)
+        node.replace_all_uses_with(lifted)
+        gm.graph.erase_node(node)
+        spec = InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(name=lifted.name), name)
+        signature.input_specs.insert(place, spec)
+        place += 1
+        found[name] = value.detach()
+    return found
 
 
 def _run(gm: GraphModule, options: Options, example_inputs: Sequence[Any] | None) -> Compilation | None:

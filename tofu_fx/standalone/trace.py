@@ -35,15 +35,15 @@ class Traced:
     example_inputs: list[Any] | None
 
 
-def trace(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Traced:
+def trace(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], dynamic_shapes: Any = None) -> Traced:
     """The program of a model; an ExportedProgram is that already, and is not changed.
 
-    Its placeholders are marked as parameters or inputs. Sizes are those of ``args`` and ``kwargs``.
+    Its placeholders are marked as parameters or inputs. Sizes are those of ``args`` and ``kwargs``, or dynamic.
 
     Raises:
         TofuError: ``torch.export`` refuses the model; says why and what to try.
     """
-    program = model if isinstance(model, ExportedProgram) else _exported(model, args, kwargs)
+    program = model if isinstance(model, ExportedProgram) else _exported(model, args, kwargs, dynamic_shapes)
     specs = program.graph_signature.input_specs
     given = iter(tree_leaves(program.example_inputs))
     held = {**program.state_dict, **program.constants}
@@ -55,13 +55,13 @@ def trace(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Traced:
     return Traced(program, None if program.example_inputs is None else values)
 
 
-def _exported(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ExportedProgram:
+def _exported(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], dynamic_shapes: Any) -> ExportedProgram:
     model = getattr(model, "_orig_mod", model)  # what torch.compile returned stands for the model inside
     if not callable(model):
         raise TofuError(f"expected a module, a function or an ExportedProgram, got {type(model).__name__}")
     module = model if isinstance(model, nn.Module) else _Called(model)
     try:
-        return torch.export.export(module, tuple(args), dict(kwargs), strict=False)
+        return torch.export.export(module, tuple(args), dict(kwargs), dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise TofuError(
