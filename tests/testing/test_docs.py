@@ -30,10 +30,10 @@ def test_a_rule_as_the_contributors_page_writes_it(tmp_path: Path) -> None:
     run("\n".join(snippets((DOCS / "rules.md").read_text(encoding="utf-8"))), tmp_path)
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [0, 1, 2])
 def test_rewritten_graphs_as_their_page_writes_them(number: int, tmp_path: Path) -> None:
     found = snippets((DOCS / "standalone.md").read_text(encoding="utf-8"))
-    assert len(found) == 2
+    assert len(found) == 3
     run(found[number], tmp_path)
 
 
