@@ -18,7 +18,8 @@ import tofu_fx
 from tests.harness import compiled
 from tests.standalone.test_rewrite import OPTIONS, Model
 from tests.zoo import CATALOGUE
-from tofu_fx import OptionError, TofuError, TofuWarning
+from tofu_fx import OptionError, PassError, TofuError, TofuWarning
+from tofu_fx.ops.portable import DECOMPOSITIONS
 
 #: a plain ViT, an encoder with padding, one whose image is a stream of its own, branches of a UNet, two streams
 NAMES = [
@@ -186,6 +187,12 @@ def test_what_no_program_checks_is_refused(model: Model, x: Tensor) -> None:
     seen[:, 20:] = -torch.inf
     with pytest.raises(TofuError, match="only while the mask mask hides the same keys from all queries"):
         tofu_fx.export(model, (x, seen), options=OPTIONS)
+
+
+def test_an_operator_that_is_left_is_an_error(model: Model, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(DECOMPOSITIONS, torch.ops.tofu.fuse_tokens.default)
+    with pytest.raises(PassError, match=r"would need tofu_fx where it runs, for tofu\.fuse_tokens\.default"):
+        tofu_fx.export(model, (x,), options=OPTIONS)
 
 
 def test_bad_input(model: Model, x: Tensor) -> None:

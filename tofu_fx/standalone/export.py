@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.export import ExportedProgram
 
-from tofu_fx.errors import TofuError
+from tofu_fx.errors import PassError, TofuError
 from tofu_fx.ops.portable import DECOMPOSITIONS
 from tofu_fx.plan.options import Options
 from tofu_fx.plan.plan import Plan
@@ -45,7 +45,7 @@ def export(
         TofuError: ``torch.export`` cannot trace the model, or what a mask that is an input hides decides which tokens
             may merge: no program can check that.
         OptionError, PlanError: wrong options, or a plan that does not fit.
-        PassError: a pass failed, and ``on_error`` is "raise".
+        PassError: a pass failed, and ``on_error`` is "raise"; or an operator of this package would be left.
     """
     traced = trace(model, args, kwargs or {}, dynamic_shapes)
     program, guards = rewritten(traced, options_of(plan, options))
@@ -56,4 +56,8 @@ def export(
             f"{'; '.join(unseen)}. Export the model without that mask, or make it inside of the model; tofu_fx.rewrite "
             "checks it"
         )
-    return program.run_decompositions(dict(DECOMPOSITIONS))
+    exported = program.run_decompositions(dict(DECOMPOSITIONS))
+    left = sorted({str(n.target) for n in exported.graph.nodes if str(n.target).startswith("tofu.")})
+    if left:
+        raise PassError(f"the exported program would need tofu_fx where it runs, for {', '.join(left)}")
+    return exported
