@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import tofu_fx
 from tests.harness import compiled
-from tests.standalone.test_rewrite import OPTIONS, Model
+from tests.standalone.small import OPTIONS, Model
 from tests.zoo import CATALOGUE
 from tofu_fx import OptionError, PassError, TofuError, TofuWarning
 from tofu_fx.ops.portable import DECOMPOSITIONS
@@ -36,12 +36,6 @@ sys.modules["tofu_fx"] = None
 import torch
 x = torch.load({x!r})
 """
-
-
-@pytest.fixture
-def model() -> Model:
-    torch.manual_seed(0)
-    return Model().eval()
 
 
 @pytest.fixture

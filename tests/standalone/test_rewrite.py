@@ -16,10 +16,10 @@ from torch.utils._pytree import tree_leaves
 
 import tofu_fx
 from tests.harness import compiled
+from tests.standalone.small import OPTIONS, Model
 from tests.zoo import CATALOGUE
 from tofu_fx import OptionError, PlanError, TofuError, TofuWarning
 
-OPTIONS: dict[str, Any] = {"r": 2, "strategy": "mlerp", "profitable_only": False, "inner_backend": "eager"}
 #: one of each kind: a plain ViT, windows or conv stages beside attention, text with padding, branches, two streams
 NAMES = [
     "timm: deit3",
@@ -30,41 +30,6 @@ NAMES = [
     "diffusers: UNet2DConditionModel, Stable Diffusion",
     "diffusers: SD3Transformer2DModel",
 ]
-
-
-class Block(nn.Module):
-    """Attention and MLP on `[B, N, 32]`, with a dropout between."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(32)
-        self.attn = nn.MultiheadAttention(32, 4, batch_first=True)
-        self.mlp = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
-        self.dropout = nn.Dropout(0.5)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        y = self.norm(x)
-        x = x + self.attn(y, y, y, attn_mask=mask, need_weights=False)[0]
-        return x + self.dropout(self.mlp(x))
-
-
-class Model(nn.Module):
-    """Two blocks; the mean of the tokens is the output."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([Block(), Block()])
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        for block in self.blocks:
-            x = block(x, mask)
-        return x.mean(1)
-
-
-@pytest.fixture
-def model() -> Model:
-    torch.manual_seed(0)
-    return Model().eval()
 
 
 @pytest.fixture
