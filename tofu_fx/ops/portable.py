@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from .matching import Grid, partners_of, product, similarity
+from .matching import CANDIDATE_TILE, PARTNER_TILE, Grid, padded_shape, partners_of, product, similarity
 from .merging import CANCELLED, NEARLY_LARGEST
 from .restore import gather_tokens, restore_in_aten
 from .separate import separate_in_aten
@@ -133,7 +134,8 @@ def _by_sides(
         sizes, other_sizes = size.index_select(1, candidates), size.index_select(1, partners)
         score = -ward_costs(squared_distances(rows, others, _by_columns), sizes, other_sizes)
     else:
-        score = similarity(_unit(rows), _unit(others))
+        pair = _unit(rows, CANDIDATE_TILE), _unit(others, PARTNER_TILE)
+        score = similarity(*pair)[:, : rows.shape[1], : others.shape[1]]
     goes = torch.where(_best(score.amax(2), r), partners[score.argmax(2)], candidates)
     # Each token looks up where it goes among the candidates, and those that are none behind them.
     is_candidate = (candidates.unsqueeze(1) == place).any(0)
@@ -178,11 +180,13 @@ def _by_columns(rows: Tensor, columns: Tensor) -> Tensor:
     return functools.reduce(torch.add, found)
 
 
-def _unit(metric: Tensor) -> Tensor:
-    """Rows of length one in float32; zero where there is no usable length."""
+def _unit(metric: Tensor, tile: int) -> Tensor:
+    """`matching.unit_rows`: whole tiles, so that equal rows have equal products wherever they stand."""
+    _, tokens, features = metric.shape
     metric = metric.float()
     unit = metric / torch.linalg.vector_norm(metric, dim=2, keepdim=True)
-    return torch.where(unit.isfinite(), unit, 0.0)
+    height, width = padded_shape(tokens, features, tile)
+    return pad(torch.where(unit.isfinite(), unit, 0.0), (0, width - features, 0, height - tokens))
 
 
 def _best(score: Tensor, r: int) -> Tensor:
