@@ -17,7 +17,7 @@ PYTHON = [code for language, code in FENCED if language == "python"]
 SHELL = [line for language, code in FENCED if language in ("", "bash", "sh") for line in code.strip().splitlines()]
 
 DENSE = ("denoiser", "timesteps", "placement", "speed", "show")
-PARTS = ("saliency", "sentences", "search", "cifar", "show")
+PARTS = ("saliency", "sentences", "search", "cifar", "times", "show")
 
 #: commands that take minutes -> the short form of the same command that shows that it runs
 SHORT = {
