@@ -190,6 +190,10 @@ def test_an_operator_that_is_left_is_an_error(model: Model, x: Tensor, monkeypat
 
 
 def test_bad_input(model: Model, x: Tensor) -> None:
+    with pytest.raises(
+        TofuError, match=r"args: expected a tuple of what the model is called with, got Tensor: pass \(x,\)"
+    ):
+        tofu_fx.export(model, x, options=OPTIONS)
     with pytest.raises(OptionError, match="ratioo"):
         tofu_fx.export(model, (x,), options={"ratioo": 0.5})
 

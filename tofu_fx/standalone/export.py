@@ -42,11 +42,15 @@ def export(
         TofuWarning says why.
 
     Raises:
-        TofuError: ``torch.export`` cannot trace the model, or what a mask that is an input hides decides which tokens
-            may merge: no program can check that.
+        TofuError: ``args`` is no tuple; ``torch.export`` cannot trace the model; or what a mask that is an input hides
+            decides which tokens may merge: no program can check that.
         OptionError, PlanError: wrong options, or a plan that does not fit.
         PassError: a pass failed, and ``on_error`` is "raise"; or an operator of this package would be left.
     """
+    if not isinstance(args, (tuple, list)):  # a tensor is a sequence, too: of its samples
+        raise TofuError(
+            f"args: expected a tuple of what the model is called with, got {type(args).__name__}: pass (x,)"
+        )
     traced = trace(model, args, kwargs or {}, dynamic_shapes)
     program, guards = rewritten(traced, options_of(plan, options))
     unseen = [guard.what for guard in guards if not guard.of_state]  # what the model holds is in the program as it is
